@@ -1,0 +1,72 @@
+/** Layer, RMS and group normalisation. */
+
+import { type Dimension, exactQuotient, times } from './dimension.ts';
+import { add, divide, multiply, square, squareRoot, subtract } from './elementwise.ts';
+import { reshape } from './layout.ts';
+import { mean } from './reduction.ts';
+import { constant, misfit, type Operation, record, type Tensor } from './tensor.ts';
+
+/** 1 / sqrt(variance + eps) over the last axis, for gradients. */
+function inverseDeviation(x: Tensor, eps: number): Tensor {
+  const centred = subtract(x, mean(x, [-1], { keepAxes: true }));
+  return divide(1, squareRoot(add(mean(square(centred), [-1], { keepAxes: true }), eps)));
+}
+
+/** Gradient of y = (x - mean) / deviation over the last axis. */
+function normalizedGradient(x: Tensor, y: Tensor, upstream: Tensor, eps: number): Tensor {
+  const spread = multiply(y, mean(multiply(upstream, y), [-1], { keepAxes: true }));
+  const centred = subtract(upstream, mean(upstream, [-1], { keepAxes: true }));
+  return multiply(inverseDeviation(x, eps), subtract(centred, spread));
+}
+
+const LAYER_NORM: Operation = {
+  name: 'LayerNormalization',
+  gradient(output, upstream) {
+    const x = output.inputs[0]!;
+    return [normalizedGradient(x, output, upstream, output.attributes.epsilon as number), undefined];
+  },
+};
+/** (x - mean) / sqrt(variance + eps) over the last axis, without learned scale. */
+export function layerNorm(x: Tensor, eps: number): Tensor {
+  const width = x.shape.at(-1);
+  if (typeof width !== 'number') misfit('LayerNormalization', 'the last axis must have a known size', x);
+  const ones = constant({ dtype: x.dtype, shape: [width], data: new Float32Array(width).fill(1) });
+  return record(LAYER_NORM, [x, ones], x.shape, { attributes: { axis: -1, epsilon: eps } });
+}
+
+const RMS_NORM: Operation = {
+  name: 'SimplifiedLayerNormalization',
+  gradient(output, upstream) {
+    const x = output.inputs[0]!;
+    const eps = output.attributes.epsilon as number;
+    const inverse = divide(1, squareRoot(add(mean(square(x), [-1], { keepAxes: true }), eps)));
+    const spread = multiply(output, mean(multiply(upstream, output), [-1], { keepAxes: true }));
+    return [multiply(inverse, subtract(upstream, spread)), undefined];
+  },
+};
+/** x / sqrt(mean(x^2) + eps) over the last axis, without learned scale. */
+export function rmsNorm(x: Tensor, eps: number): Tensor {
+  const width = x.shape.at(-1);
+  if (typeof width !== 'number') misfit('RmsNorm', 'the last axis must have a known size', x);
+  const ones = constant({ dtype: x.dtype, shape: [width], data: new Float32Array(width).fill(1) });
+  return record(RMS_NORM, [x, ones], x.shape, { attributes: { axis: -1, epsilon: eps } });
+}
+
+const INSTANCE_NORM: Operation = {
+  name: 'InstanceNormalization',
+  gradient(output, upstream) {
+    const x = output.inputs[0]!;
+    return [normalizedGradient(x, output, upstream, output.attributes.epsilon as number), undefined, undefined];
+  },
+};
+/** Normalises channel groups of an image [B,C,H,W] over (C/groups, H, W), without learned scale. */
+export function groupNorm(x: Tensor, groups: number, eps: number): Tensor {
+  const [batch, channels, height, width] = x.shape as [Dimension, Dimension, Dimension, Dimension];
+  const perGroup = exactQuotient(channels, groups);
+  if (x.shape.length !== 4 || perGroup === undefined) misfit('GroupNorm', `needs channels in ${groups} groups`, x);
+  const grouped = reshape(x, [batch, groups, times(perGroup, height, width)]);
+  const ones = constant({ dtype: x.dtype, shape: [groups], data: new Float32Array(groups).fill(1) });
+  const zeros = constant({ dtype: x.dtype, shape: [groups], data: new Float32Array(groups) });
+  const normal = record(INSTANCE_NORM, [grouped, ones, zeros], grouped.shape, { attributes: { epsilon: eps } });
+  return reshape(normal, x.shape);
+}

@@ -1,0 +1,61 @@
+/** Weight files on disk. */
+import { open } from 'node:fs/promises';
+import { MmditxError } from '../errors.ts';
+import type { TensorData } from '../tensor/data.ts';
+import { ioError, type WriteOptions, writeFileAtomically } from './atomic.node.ts';
+import { type ByteSource, safetensorsChunks } from './safetensors.ts';
+
+export interface FileSource extends ByteSource {
+  readonly path: string;
+  close(): Promise<void>;
+}
+
+/** Node refuses single reads of 2 GiB and more. */
+const MAX_READ = 2 ** 30;
+
+/**
+ * Opens a file for reading; the caller closes it.
+ * @throws MmditxError `io` when it cannot be opened or is not a file.
+ */
+export async function fileSource(path: string): Promise<FileSource> {
+  const attempt = <T>(operation: Promise<T>): Promise<T> =>
+    operation.catch((cause) => {
+      throw ioError('read', path, cause);
+    });
+
+  const handle = await attempt(open(path, 'r'));
+  const close = () => handle.close();
+  const status = await handle.stat();
+  if (!status.isFile()) {
+    await close();
+    if (status.isDirectory()) throw ioError('read', path, { code: 'EISDIR' });
+    throw new MmditxError('io', `Cannot read ${path}: it is a device or a pipe; give the path of a file.`);
+  }
+
+  const read = async (offset: number, length: number): Promise<Uint8Array> => {
+    const bytes = new Uint8Array(length);
+    let filled = 0;
+    while (filled < length) {
+      const { bytesRead } = await attempt(
+        handle.read(bytes, filled, Math.min(length - filled, MAX_READ), offset + filled),
+      );
+      if (bytesRead === 0) break;
+      filled += bytesRead;
+    }
+    return bytes.subarray(0, filled);
+  };
+  return { name: path, path, size: status.size, read, close };
+}
+
+/**
+ * Writes a safetensors file, replacing an existing one only when the new one is complete.
+ * @throws MmditxError `io` when it cannot be written.
+ */
+export async function writeSafetensorsFile(
+  path: string,
+  tensors: ReadonlyMap<string, TensorData>,
+  metadata: Readonly<Record<string, string>> = {},
+  options: WriteOptions = {},
+): Promise<void> {
+  await writeFileAtomically(path, safetensorsChunks(tensors, metadata), options);
+}

@@ -1,0 +1,94 @@
+/** Files that are not a Stable Diffusion 3 checkpoint in safetensors, told by their content and refused by name. */
+import { MmditxError } from '../errors.ts';
+import { quote } from './quote.ts';
+
+const formats: { readonly begins: RegExp; readonly error: (name: string) => MmditxError }[] = [
+  {
+    begins: /^GGUF/,
+    error: (name) =>
+      new MmditxError(
+        'unsupported-model',
+        `${name} is a GGUF file, which this version does not read; use the model's .safetensors file.`,
+      ),
+  },
+  {
+    // A zip archive (PyTorch 1.6 and later), or a bare pickle: opcode PROTO with its version.
+    begins: /^(PK\x03\x04|\x80[\x02-\x05])/,
+    error: (name) =>
+      new MmditxError(
+        'unsupported-model',
+        `${name} is a Python pickle (.ckpt, .pt, .bin), which can run code when it is opened and is therefore refused; use the model's .safetensors file or convert it.`,
+      ),
+  },
+  {
+    begins: /^version https:\/\/git-lfs/,
+    error: (name) =>
+      new MmditxError(
+        'bad-file',
+        `${name} is only a Git LFS pointer, not the file it stands for; run "git lfs pull" or download the file itself.`,
+      ),
+  },
+  {
+    begins: /^\s*<(!doctype|html|\?xml)/i,
+    error: (name) =>
+      new MmditxError(
+        'bad-file',
+        `${name} is a web page, not a model, perhaps one that asks to log in; download the file again.`,
+      ),
+  },
+  {
+    begins: /^\s*\{\s*"/,
+    error: (name) =>
+      new MmditxError('bad-file', `${name} is a JSON text without weights; give the .safetensors file itself.`),
+  },
+];
+
+/** What a file that is not safetensors is, by its first bytes; undefined where they say nothing. */
+export function foreignFileError(name: string, start: Uint8Array): MmditxError | undefined {
+  const text = String.fromCharCode(...start);
+  return formats.find(({ begins }) => begins.test(text))?.error(name);
+}
+
+/** The first rule one of whose patterns matches a tensor's name decides, so the particular stand before the general. */
+const models: { readonly named: RegExp; readonly is: string; readonly remedy?: string }[] = [
+  {
+    named: /(^|[._])lora_(unet|te\d?|transformer|up|down|A|B)[._]|\.(lora|lokr|hada)_\w+(\.|$)/,
+    is: 'holds a LoRA, a change to a model and not a model',
+    remedy: 'give the checkpoint it was made for',
+  },
+  {
+    named: /\.scale_weight$|(^|\.)scaled_fp8$/,
+    is: 'holds scaled fp8 weights, which this version does not read',
+    remedy: 'use the fp16 file or the plain fp8_e4m3fn file',
+  },
+  { named: /(^|\.)(control_model|controlnet_blocks|controlnet_cond_embedding)\./, is: 'holds a ControlNet' },
+  { named: /(^|\.)conditioner\.embedders\.1\.|(^|\.)label_emb\.0\.0\./, is: 'holds Stable Diffusion XL' },
+  { named: /(^|\.)input_blocks\.\d+\./, is: 'holds Stable Diffusion 1 or 2' },
+  { named: /(^|\.)(double_blocks|single_transformer_blocks)\.\d+\./, is: 'holds FLUX' },
+  { named: /(^|\.)double_layers\.\d+\./, is: 'holds AuraFlow' },
+  {
+    named: /(^|\.)transformer_blocks\.\d+\.attn\.add_q_proj\.|(^|\.)(down_blocks\.\d+\.resnets|mid_block\.resnets)\./,
+    is: 'is laid out for diffusers, which this version does not read',
+    remedy: 'use the single-file layout of Stable Diffusion 3.5 Medium',
+  },
+  { named: /(^|\.)(post_)?quant_conv\.weight$/, is: 'holds the VAE of Stable Diffusion 1, 2 or XL' },
+];
+
+/** The error of a model that cannot be run, by its tensors' names; undefined where none gives it away. */
+export function foreignModelError(file: string, names: Iterable<string>): MmditxError | undefined {
+  const all = [...names];
+  for (const { named, is, remedy = 'give a checkpoint of Stable Diffusion 3 or 3.5' } of models) {
+    if (all.some((name) => named.test(name))) return new MmditxError('unsupported-model', `${file} ${is}; ${remedy}.`);
+  }
+  return undefined;
+}
+
+/** The error of a file in which no part of the model is found. */
+export function unknownModelError(file: string, names: Iterable<string>): MmditxError {
+  const examples = [...names].slice(0, 3).map((name) => quote(name));
+  const found = examples.length ? `its tensors have names like ${examples.join(', ')}` : 'it holds no tensors';
+  return new MmditxError(
+    'unsupported-model',
+    `${file} holds no part of Stable Diffusion 3 (${found}); give a checkpoint of Stable Diffusion 3 or 3.5.`,
+  );
+}
