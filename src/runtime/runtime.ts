@@ -9,6 +9,7 @@ import {
   type Binding,
   type DType,
   leaves,
+  OUTPUT_PREFIX,
   type Program,
   type Tensor,
   type TensorData,
@@ -95,7 +96,9 @@ function executable(
         feeds[name] = toOrt(Tensor, value);
       }
       const results = await session.run(feeds);
-      return Object.fromEntries(Object.entries(results).map(([name, result]) => [name, fromOrt(result as OrtTensor)]));
+      return Object.fromEntries(
+        Object.entries(results).map(([name, result]) => [name.slice(OUTPUT_PREFIX.length), fromOrt(result as OrtTensor)]),
+      );
     },
     async dispose() {
       if (disposed) return;

@@ -202,7 +202,10 @@ function checkedState(state: TorchGeneratorState): TorchGeneratorState {
     position <= MT_WORDS &&
     (waitingNormal === null || Number.isFinite(waitingNormal));
   if (!valid) {
-    throw new MmditxError('bad-option', 'The saved random generator state is damaged; start again from a seed instead.');
+    throw new MmditxError(
+      'bad-option',
+      'The saved random generator state is damaged; start again from a seed instead.',
+    );
   }
   return state;
 }

@@ -9,6 +9,6 @@ export { gradients } from './gradient.ts';
 export * from './layout.ts';
 export * from './linear.ts';
 export * from './normalization.ts';
-export { type Binding, leaves, type Program, writeOnnx } from './onnx.ts';
+export { type Binding, leaves, OUTPUT_PREFIX, type Program, writeOnnx } from './onnx.ts';
 export * from './reduction.ts';
 export { constant, input, parameter, scalar, ShapeError, size, type Tensor } from './tensor.ts';

@@ -183,6 +183,7 @@ export function crop(x: Tensor, corner: Tensor, sizes: Shape): Tensor {
   if (corner.dtype !== 'int64' || corner.shape.length !== 1 || corner.shape[0] !== sizes.length) {
     misfit('Crop', 'the corner needs one int64 for each cropped axis', x, corner);
   }
+  if (x.operation === CAST) return cast(crop(x.inputs[0]!, corner, sizes), x.dtype);
   return record(CROP, [x, corner], [...sizes, ...x.shape.slice(sizes.length)], { attributes: { sizes } });
 }
 
@@ -206,6 +207,8 @@ const GATHER: Operation = {
 /** Rows of a table `[rows, ...]` by ids (int32 or int64) of any shape: the result is `[...ids, ...]`. */
 export function gather(table: Tensor, ids: Tensor): Tensor {
   if (ids.dtype !== 'int64' && ids.dtype !== 'int32') misfit('Gather', 'ids must be integers', table, ids);
+  // Converting the few rows that are looked up beats converting the table.
+  if (table.operation === CAST) return cast(gather(table.inputs[0]!, ids), table.dtype);
   return record(GATHER, [table, ids], [...ids.shape, ...table.shape.slice(1)], { attributes: { axis: 0 } });
 }
 

@@ -3,7 +3,7 @@
 import { type Dimension, exactQuotient, times } from './dimension.ts';
 import { add, divide, multiply, square, squareRoot, subtract } from './elementwise.ts';
 import { reshape } from './layout.ts';
-import { mean } from './reduction.ts';
+import { mean, sum } from './reduction.ts';
 import { constant, misfit, type Operation, record, type Tensor } from './tensor.ts';
 
 /** 1 / sqrt(variance + eps) over the last axis, for gradients. */
@@ -37,19 +37,22 @@ export function layerNorm(x: Tensor, eps: number): Tensor {
 const RMS_NORM: Operation = {
   name: 'SimplifiedLayerNormalization',
   gradient(output, upstream) {
-    const x = output.inputs[0]!;
+    const [x, weight] = output.inputs as [Tensor, Tensor];
     const eps = output.attributes.epsilon as number;
     const inverse = divide(1, squareRoot(add(mean(square(x), [-1], { keepAxes: true }), eps)));
-    const spread = multiply(output, mean(multiply(upstream, output), [-1], { keepAxes: true }));
-    return [multiply(inverse, subtract(upstream, spread)), undefined];
+    const normal = multiply(x, inverse);
+    const scaled = multiply(upstream, weight);
+    const spread = multiply(normal, mean(multiply(scaled, normal), [-1], { keepAxes: true }));
+    const leading = x.shape.slice(0, -1).map((_, axis) => axis);
+    return [multiply(inverse, subtract(scaled, spread)), sum(multiply(upstream, normal), leading)];
   },
 };
-/** x / sqrt(mean(x^2) + eps) over the last axis, without learned scale. */
-export function rmsNorm(x: Tensor, eps: number): Tensor {
-  const width = x.shape.at(-1);
-  if (typeof width !== 'number') misfit('RmsNorm', 'the last axis must have a known size', x);
-  const ones = constant({ dtype: x.dtype, shape: [width], data: new Float32Array(width).fill(1) });
-  return record(RMS_NORM, [x, ones], x.shape, { attributes: { axis: -1, epsilon: eps } });
+/** x / sqrt(mean(x^2) + eps) * weight over the last axis; `weight` has its size. */
+export function rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
+  if (weight.shape.length !== 1 || weight.shape[0] !== x.shape.at(-1)) {
+    misfit('RmsNorm', 'the weight must have the size of the last axis', x, weight);
+  }
+  return record(RMS_NORM, [x, weight], x.shape, { attributes: { axis: -1, epsilon: eps } });
 }
 
 const INSTANCE_NORM: Operation = {

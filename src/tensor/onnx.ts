@@ -57,6 +57,9 @@ export interface Program {
   readonly outputs: Readonly<Record<string, Tensor>>;
 }
 
+/** Put before the names of outputs, because a segment of a model gives what the next one takes under the same name. */
+export const OUTPUT_PREFIX = 'output.';
+
 /** What operations use to write themselves. */
 export interface OnnxWriter {
   /** Adds a node and returns the name of its output. */
@@ -261,8 +264,11 @@ export function writeOnnx(program: Program, bind: (parameter: Tensor) => Binding
   }
 
   const outputs = Object.entries(program.outputs).map(([name, tensor]) => {
-    nodes.push(create(NodeProtoSchema, { name: `output ${name}`, opType: 'Identity', input: [nameOf(tensor)], output: [name] }));
-    return valueInfo(name, tensor.dtype, tensor.shape);
+    const output = `${OUTPUT_PREFIX}${name}`;
+    nodes.push(
+      create(NodeProtoSchema, { name: output, opType: 'Identity', input: [nameOf(tensor)], output: [output] }),
+    );
+    return valueInfo(output, tensor.dtype, tensor.shape);
   });
   const model = create(ModelProtoSchema, {
     irVersion: BigInt(IR_VERSION),

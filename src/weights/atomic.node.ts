@@ -64,7 +64,7 @@ export async function writeFileAtomically(
       }
       if (!direct) await attempt(handle.sync());
     } finally {
-      await handle.close();
+      await attempt(handle.close());
     }
     if (!direct) await attempt(rename(written, target));
   } catch (error) {

@@ -20,6 +20,9 @@ import type { TensorShapes } from './expected.ts';
 import type { ClipHints, ConfigHints } from './metadata.ts';
 import { quote } from './quote.ts';
 
+/** More blocks or layers than any network of the family has: a damaged name must not ask for a million of them. */
+const MAX_COUNT = 256;
+
 /** The tensors of one part, named without the file's prefix. */
 export interface PartShapes {
   /** The file's name, for messages. */
@@ -159,7 +162,10 @@ type Shape<Rank extends number> = {
 function shapeOf<Rank extends 1 | 2 | 3 | 4>({ file, shapes }: PartShapes, name: string, rank: Rank): Shape<Rank> {
   const shape = shapes.get(name);
   if (!shape) {
-    throw new MmditxError('missing-part', `${file} lacks the tensor ${name}; the file is incomplete, download it again.`);
+    throw new MmditxError(
+      'missing-part',
+      `${file} lacks the tensor ${name}; the file is incomplete, download it again.`,
+    );
   }
   if (shape.length !== rank || shape.includes(0)) {
     throw new MmditxError(
@@ -173,7 +179,10 @@ function shapeOf<Rank extends 1 | 2 | 3 | 4>({ file, shapes }: PartShapes, name:
 /** A positive integer, or an error that says why the file gives none. */
 function whole({ file }: PartShapes, value: number, reason: string): number {
   if (Number.isSafeInteger(value) && value > 0) return value;
-  throw new MmditxError('bad-file', `${file} fits no Stable Diffusion 3 model: ${reason}; use an unchanged checkpoint.`);
+  throw new MmditxError(
+    'bad-file',
+    `${file} fits no Stable Diffusion 3 model: ${reason}; use an unchanged checkpoint.`,
+  );
 }
 
 /** The numbers that stand at `pattern`'s group in tensor names, ascending. */
@@ -189,9 +198,5 @@ function indices({ shapes }: PartShapes, pattern: RegExp): number[] {
 /** How many there are, counted to the last one; a gap shows later as missing tensors. */
 function countIndices(part: PartShapes, pattern: RegExp): number {
   const counted = (indices(part, pattern).at(-1) ?? -1) + 1;
-  if (counted <= part.shapes.size) return counted;
-  throw new MmditxError(
-    'bad-file',
-    `${part.file} numbers its blocks up to ${counted - 1} but has only ${part.shapes.size} tensors; use an unchanged checkpoint.`,
-  );
+  return whole(part, counted > MAX_COUNT ? Number.NaN : counted, `it numbers its blocks up to ${counted - 1}`);
 }

@@ -2,9 +2,17 @@
 import { MmditxError } from '../errors.ts';
 import { quote } from './quote.ts';
 
-const formats: { readonly begins: RegExp; readonly error: (name: string) => MmditxError }[] = [
+const PICKLE_PROTO = 0x80;
+
+/** A pickle begins with an opcode and its version; a header's length may do so, too, but has zeros behind. */
+function isPickle(start: string): boolean {
+  const version = start.charCodeAt(1);
+  return start.charCodeAt(0) === PICKLE_PROTO && version >= 2 && version <= 5 && !start.startsWith('\0\0\0\0', 4);
+}
+
+const formats: { readonly begins: (start: string) => boolean; readonly error: (name: string) => MmditxError }[] = [
   {
-    begins: /^GGUF/,
+    begins: (start) => start.startsWith('GGUF'),
     error: (name) =>
       new MmditxError(
         'unsupported-model',
@@ -12,16 +20,16 @@ const formats: { readonly begins: RegExp; readonly error: (name: string) => Mmdi
       ),
   },
   {
-    // A zip archive (PyTorch 1.6 and later), or a bare pickle: opcode PROTO with its version.
-    begins: /^(PK\x03\x04|\x80[\x02-\x05])/,
+    // Since PyTorch 1.6 the pickle lies in a zip archive.
+    begins: (start) => start.startsWith('PK\u0003\u0004') || isPickle(start),
     error: (name) =>
       new MmditxError(
         'unsupported-model',
-        `${name} is a Python pickle (.ckpt, .pt, .bin), which can run code when it is opened and is therefore refused; use the model's .safetensors file or convert it.`,
+        `${name} is a Python pickle or zip archive (.ckpt, .pt, .bin); pickles can run code when opened and are refused; use the model's .safetensors file or convert it.`,
       ),
   },
   {
-    begins: /^version https:\/\/git-lfs/,
+    begins: (start) => start.startsWith('version https://git-lfs'),
     error: (name) =>
       new MmditxError(
         'bad-file',
@@ -29,7 +37,7 @@ const formats: { readonly begins: RegExp; readonly error: (name: string) => Mmdi
       ),
   },
   {
-    begins: /^\s*<(!doctype|html|\?xml)/i,
+    begins: (start) => /^\s*<(!doctype|html|\?xml)/i.test(start),
     error: (name) =>
       new MmditxError(
         'bad-file',
@@ -37,7 +45,7 @@ const formats: { readonly begins: RegExp; readonly error: (name: string) => Mmdi
       ),
   },
   {
-    begins: /^\s*\{\s*"/,
+    begins: (start) => /^\s*\{\s*"/.test(start),
     error: (name) =>
       new MmditxError('bad-file', `${name} is a JSON text without weights; give the .safetensors file itself.`),
   },
@@ -46,7 +54,7 @@ const formats: { readonly begins: RegExp; readonly error: (name: string) => Mmdi
 /** What a file that is not safetensors is, by its first bytes; undefined where they say nothing. */
 export function foreignFileError(name: string, start: Uint8Array): MmditxError | undefined {
   const text = String.fromCharCode(...start);
-  return formats.find(({ begins }) => begins.test(text))?.error(name);
+  return formats.find(({ begins }) => begins(text))?.error(name);
 }
 
 /** The first rule one of whose patterns matches a tensor's name decides, so the particular stand before the general. */

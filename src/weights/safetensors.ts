@@ -84,20 +84,20 @@ export function blobSource(blob: Blob, name: string): ByteSource {
 export async function openSafetensors(source: ByteSource): Promise<SafetensorsFile> {
   const start = await readExactly(source, 0, Math.min(source.size, SNIFFED_BYTES));
   const refuse = (found: string, remedy = 'download it again') =>
-    foreignFileError(source.name, start) ??
     new MmditxError('bad-file', `${source.name} is not a usable safetensors file: ${found}; ${remedy}.`);
+  const refuseHeader = (found: string) => foreignFileError(source.name, start) ?? refuse(found);
 
-  if (source.size < LENGTH_BYTES) throw refuse(`it is only ${source.size} bytes long`);
+  if (source.size < LENGTH_BYTES) throw refuseHeader(`it is only ${source.size} bytes long`);
   const headerBytes = Number(new DataView(start.buffer, start.byteOffset).getBigUint64(0, true));
   if (headerBytes > MAX_HEADER_BYTES) {
-    throw refuse(`it announces a header of ${headerBytes} bytes, more than the format allows`);
+    throw refuseHeader(`it announces a header of ${headerBytes} bytes, more than the format allows`);
   }
   const dataStart = LENGTH_BYTES + headerBytes;
   if (dataStart > source.size) {
-    throw refuse(`it ends inside its header, at byte ${source.size} of ${dataStart}`);
+    throw refuseHeader(`it ends inside its header, at byte ${source.size} of ${dataStart}`);
   }
   const header = parseHeader(await readExactly(source, LENGTH_BYTES, headerBytes));
-  if (typeof header === 'string') throw refuse(header);
+  if (typeof header === 'string') throw refuseHeader(header);
 
   const metadata = metadataSchema.safeParse(header[METADATA_KEY] ?? {});
   if (!metadata.success) throw refuse('its metadata is not a list of texts', 'save it again with a current tool');
@@ -108,7 +108,9 @@ export async function openSafetensors(source: ByteSource): Promise<SafetensorsFi
     const entry = entrySchema.safeParse(value);
     if (!entry.success) {
       const field = entry.error.issues[0]?.path[0];
-      throw refuse(`the ${field ? `${String(field)} of ` : ''}tensor ${quote(name)} in its header cannot be understood`);
+      throw refuse(
+        `the ${field ? `${String(field)} of ` : ''}tensor ${quote(name)} in its header cannot be understood`,
+      );
     }
     const { shape, data_offsets: range } = entry.data;
     const dtype = dtypeOfTag.get(entry.data.dtype);
@@ -188,7 +190,10 @@ function findLayoutFault(tensors: Iterable<TensorInfo>, dataStart: number, size:
 export async function readExactly(source: ByteSource, offset: number, length: number): Promise<Uint8Array> {
   const bytes = await source.read(offset, length);
   if (bytes.length !== length) {
-    throw new MmditxError('bad-file', `${source.name} became shorter while it was being read; wait until it is complete.`);
+    throw new MmditxError(
+      'bad-file',
+      `${source.name} became shorter while it was being read; wait until it is complete.`,
+    );
   }
   return bytes;
 }
@@ -196,7 +201,8 @@ export async function readExactly(source: ByteSource, offset: number, length: nu
 /** Reads the values of one tensor of the file. */
 export async function readTensor(file: SafetensorsFile, name: string): Promise<TensorData> {
   const info = file.tensors.get(name);
-  if (!info) throw new MmditxError('missing-part', `${file.source.name} holds no tensor ${quote(name)}; check the name.`);
+  if (!info)
+    throw new MmditxError('missing-part', `${file.source.name} holds no tensor ${quote(name)}; check the name.`);
   const bytes = await readExactly(file.source, info.offset, info.byteLength);
   return { dtype: info.dtype, shape: info.shape, data: viewAs(info.dtype, bytes) };
 }

@@ -46,7 +46,7 @@ const cases: Record<string, Case> = {
   linear: { shapes: [[2, 3, 4], [5, 4], [5]], build: t.linear as Build },
   matmul: { shapes: [[2, 3, 4], [2, 4, 5]], build: t.matmul },
   layerNorm: { shapes: [[2, 5]], build: (x) => t.layerNorm(x!, 1e-6) },
-  rmsNorm: { shapes: [[2, 5]], build: (x) => t.rmsNorm(x!, 1e-6) },
+  rmsNorm: { shapes: [[2, 5], [5]], build: (x, weight) => t.rmsNorm(x!, weight!, 1e-6) },
   groupNorm: { shapes: [[2, 4, 2, 3]], build: (x) => t.groupNorm(x!, 2, 1e-6) },
   convolution: {
     shapes: [[2, 3, 4, 5], [2, 3, 3, 3], [2]],
