@@ -1,6 +1,7 @@
 /**
  * Configurations read off a checkpoint: counts from tensor names, widths from shapes, the rest from metadata or, where
  * it says nothing, from the released models. Whether the remaining tensors agree is checked against `expected.ts`.
+ * Every function throws MmditxError `missing-part` or `bad-file` when the tensors do not make a network.
  */
 import { MmditxError } from '../errors.ts';
 import {
@@ -30,7 +31,6 @@ export interface PartShapes {
   readonly shapes: TensorShapes;
 }
 
-/** Every function here throws MmditxError `missing-part` or `bad-file` when the tensors do not make a network. */
 export function transformerConfig(part: PartShapes, hints: ConfigHints['transformer']): TransformerConfig {
   const [hiddenSize, inChannels, patchSize] = shapeOf(part, 'x_embedder.proj.weight', 4);
   const [, rows] = shapeOf(part, 'pos_embed', 3);
