@@ -1,7 +1,13 @@
 /** Samplers that reuse the predictions of earlier steps: higher order at one evaluation a step. None adds noise. */
-
-import type { Denoiser } from './steps.ts';
-import { combine, eulerStep, intervals, type SamplerOptions, type SamplerStep, velocityOf } from './steps.ts';
+import {
+  combine,
+  type Denoiser,
+  eulerStep,
+  intervals,
+  type SamplerOptions,
+  type SamplerStep,
+  velocityOf,
+} from './steps.ts';
 
 /**
  * DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2), as Stability's reference code and ComfyUI run it: on the

@@ -70,14 +70,15 @@ export function scheduleSigmas(schedule: ScheduleName, steps: number, options: S
 function levels(schedule: ScheduleName, steps: number, shift: number): number[] {
   const table = sigmaTable(shift);
   const [sigmaMin, sigmaMax] = [table[0]!, table[TRAINING_TIMESTEPS - 1]!];
+  const levelOf = (time: number) => float32ShiftedSigma(time / TRAINING_TIMESTEPS, shift);
   switch (schedule) {
     case 'normal':
       // The ends are already shifted sigmas and are shifted again here: the references' way, kept because it is theirs.
-      return linspace(sigmaMax, sigmaMin, steps).map((t) => shiftedSigma(t, shift));
+      return float32Linspace(timestep(sigmaMax), timestep(sigmaMin), steps).map(levelOf);
     case 'sgm_uniform':
-      return linspace(sigmaMax, sigmaMin, steps + 1)
+      return float32Linspace(timestep(sigmaMax), timestep(sigmaMin), steps + 1)
         .slice(0, steps)
-        .map((t) => shiftedSigma(t, shift));
+        .map(levelOf);
     case 'simple': {
       const stride = TRAINING_TIMESTEPS / steps;
       return Array.from({ length: steps }, (_, i) => table[TRAINING_TIMESTEPS - 1 - Math.trunc(i * stride)]!);
@@ -114,9 +115,21 @@ export function shiftedSigma(t: number, shift: number = DEFAULT_SHIFT): number {
   return (shift * t) / (1 + (shift - 1) * t);
 }
 
+/**
+ * `shiftedSigma` with every operation rounded to float32, as the references compute it. Its last bit matters: a sigma
+ * can lie exactly on the inclusive edge of ComfyUI's skip-layer window.
+ */
+function float32ShiftedSigma(t: number, shift: number): number {
+  const { fround } = Math;
+  const time = fround(t);
+  return fround(fround(shift * time) / fround(1 + fround((shift - 1) * time)));
+}
+
 /** The 1000 noise levels of the training table, rising; entry i belongs to t = (i + 1) / 1000. */
 export function sigmaTable(shift: number = DEFAULT_SHIFT): Float32Array {
-  return Float32Array.from({ length: TRAINING_TIMESTEPS }, (_, i) => shiftedSigma((i + 1) / TRAINING_TIMESTEPS, shift));
+  return Float32Array.from({ length: TRAINING_TIMESTEPS }, (_, i) =>
+    float32ShiftedSigma((i + 1) / TRAINING_TIMESTEPS, shift),
+  );
 }
 
 /** The timestep handed to the model for a sigma: `1000 * sigma`, not rounded. Sigma is already shifted. */
@@ -176,7 +189,7 @@ export interface DiffusersScheduleOptions {
 
 /**
  * The sigmas of diffusers' `FlowMatchEulerDiscreteScheduler`: `steps + 1` values, the last one 0.
- * Without options they equal the schedule `normal`.
+ * Without options they equal the schedule `normal`, but for the last bits.
  *
  * @throws MmditxError `bad-option` for steps or a shift out of range, or for both `shift` and `imageTokens`
  */
@@ -274,6 +287,16 @@ function linearQuadratic(steps: number): number[] {
 function linspace(from: number, to: number, count: number): number[] {
   const step = count > 1 ? (to - from) / (count - 1) : 0;
   return Array.from({ length: count }, (_, i) => (i > 0 && i === count - 1 ? to : from + i * step));
+}
+
+/** `linspace` as PyTorch computes it in float32: each half counted from its own end. */
+function float32Linspace(from: number, to: number, count: number): number[] {
+  const { fround } = Math;
+  const [first, last] = [fround(from), fround(to)];
+  const step = count > 1 ? fround(fround(last - first) / (count - 1)) : 0;
+  return Array.from({ length: count }, (_, i) =>
+    fround(i < count / 2 ? first + i * step : last - (count - 1 - i) * step),
+  );
 }
 
 /** The quantile function of the Beta(0.6, 0.6) distribution: the x in 0..1 with a share `p` of its mass below. */

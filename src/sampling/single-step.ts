@@ -1,7 +1,13 @@
 /** Samplers that forget everything between steps and add no noise. */
-
-import type { Denoiser } from './steps.ts';
-import { combine, eulerStep, intervals, type SamplerOptions, type SamplerStep, velocityOf } from './steps.ts';
+import {
+  combine,
+  type Denoiser,
+  eulerStep,
+  intervals,
+  type SamplerOptions,
+  type SamplerStep,
+  velocityOf,
+} from './steps.ts';
 
 /** Euler's method: one evaluation a step, first order. */
 export async function* euler(

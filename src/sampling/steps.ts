@@ -49,12 +49,17 @@ export type Sampler = (
   options?: SamplerOptions,
 ) => AsyncGenerator<SamplerStep, void>;
 
-/** The steps of a schedule in turn, each preceded by a look at the signal. */
+/**
+ * The steps of a schedule in turn, each preceded by a look at the signal. A sigma that repeats the one before it makes a
+ * step of no length, which is passed over: multistep formulas divide by that length.
+ */
 export function* intervals(sigmas: ArrayLike<number>, signal: AbortSignal | undefined): Generator<Interval> {
   const steps = sigmas.length - 1;
   for (let i = 0; i < steps; i++) {
+    const [sigma, sigmaNext] = [sigmas[i]!, sigmas[i + 1]!];
+    if (sigma === sigmaNext) continue;
     signal?.throwIfAborted();
-    yield { step: i + 1, steps, sigma: sigmas[i]!, sigmaNext: sigmas[i + 1]! };
+    yield { step: i + 1, steps, sigma, sigmaNext };
   }
 }
 

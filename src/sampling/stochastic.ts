@@ -3,8 +3,15 @@
  * With `eta` 0 they add none (`lcm` excepted). Noise is drawn from `options.noise` in the order of use.
  */
 import { percentToSigma } from './schedules.ts';
-import type { Denoiser } from './steps.ts';
-import { combine, eulerStep, intervals, type SamplerOptions, type SamplerStep, stochasticOptions } from './steps.ts';
+import {
+  combine,
+  type Denoiser,
+  eulerStep,
+  intervals,
+  type SamplerOptions,
+  type SamplerStep,
+  stochasticOptions,
+} from './steps.ts';
 
 /**
  * Ancestral Euler for rectified flow, as in ComfyUI: an Euler step that goes lower than the next sigma, then
@@ -145,6 +152,7 @@ const FIRST_STEP_PERCENT = 1e-4;
 /** The schedule with a first sigma of 1, where the half log-SNR is infinite, moved a little below. */
 function belowPureNoise(sigmas: ArrayLike<number>, shift: number): Float32Array {
   const moved = Float32Array.from(sigmas);
-  if (moved[0]! >= 1) moved[0] = percentToSigma(FIRST_STEP_PERCENT, shift);
+  // Thousands of steps put the second sigma above that place; the first must stay above the second.
+  if (moved[0]! >= 1) moved[0] = Math.max(percentToSigma(FIRST_STEP_PERCENT, shift), (1 + moved[1]!) / 2);
   return moved;
 }

@@ -9,7 +9,7 @@ import { MmditxError } from '../errors.ts';
  * | `(word)` | weight x 1.1 | weight x 1.1 | as written |
  * | `(word:1.2)` | weight 1.2, whatever is around it | weight x 1.2 | as written |
  * | `[word]` | as written | weight / 1.1 | as written |
- * | `\(` `\)` | bracket as written | bracket as written | as written |
+ * | `\(` `\)` | the bracket, as text | the bracket, as text | as written |
  * | `\[` `\]` `\\` | as written | without the first backslash | as written |
  * | unclosed `(` | as written | up to the end of the prompt | as written |
  *

@@ -98,13 +98,11 @@ describe('on normally distributed images, where the answer is known', () => {
     'res_multistep',
     'ipndm',
     'deis',
-  ] as const)(
-    '%s without noise is of second order or more: twice the steps, about a quarter of the error',
-    async (sampler) => {
-      expect((await error(sampler, 80)) / (await error(sampler, 160))).toBeGreaterThan(3);
-      expect(await error(sampler, 160)).toBeLessThan(1e-3);
-    },
-  );
+  ] as const)('%s without noise is of second order: twice the steps, a quarter of the error', async (sampler) => {
+    // Not quite a quarter: the first and last steps are of first order, and float32 has its share.
+    expect((await error(sampler, 80)) / (await error(sampler, 160))).toBeGreaterThan(2.7);
+    expect(await error(sampler, 160)).toBeLessThan(1e-3);
+  });
 
   it.each(['euler_ancestral', 'dpmpp_2m_sde', 'dpmpp_2m_sde_heun', 'dpmpp_sde'] as const)(
     '%s with noise draws from the distribution of the images',
@@ -135,6 +133,18 @@ describe.each(samplerNames)('%s', (sampler) => {
       expect(maxDifference(result.at(-1)!.latent, target)).toBeLessThan(1e-6);
       expect(maxDifference(result[0]!.denoised, target)).toBe(0);
     }
+  });
+
+  it('passes over a sigma that repeats', async () => {
+    const once = await collect(sampler, gaussian, start, [1, 0.8, 0.5, 0.2, 0]);
+    const twice = await collect(sampler, gaussian, start, [1, 0.8, 0.8, 0.5, 0.2, 0]);
+    expect(twice.map(({ step }) => step)).toEqual([1, 3, 4, 5]);
+    expect(twice.at(-1)!.latent).toEqual(once.at(-1)!.latent);
+  });
+
+  it('stays finite with thousands of steps', async () => {
+    const result = await collect(sampler, gaussian, start, scheduleSigmas('normal', 10_000).subarray(0, 10));
+    expect(result.at(-1)!.latent.every(Number.isFinite)).toBe(true);
   });
 
   it('leaves its input and the latents it has yielded alone', async () => {
