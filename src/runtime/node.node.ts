@@ -4,10 +4,10 @@ import { availableParallelism } from 'node:os';
 import { dirname } from 'node:path';
 import { InferenceSession, listSupportedBackends, Tensor } from 'onnxruntime-node';
 import { MmditxError } from '../errors.ts';
-import { type CompileOptions, createRuntime, type Device, DEVICES, type Runtime } from './runtime.ts';
+import { type CompileOptions, createRuntime, DEVICES, type Device, type Runtime, unavailable } from './runtime.ts';
 
 export interface NodeRuntimeOptions {
-  /** Default: the fastest device that this machine has and this package has been tested on, else `cpu`. */
+  /** Default `cpu`: a graphics device cannot be told from one that imitates it in software before it has been slow. */
   device?: Device;
   /** Threads of the CPU device (default: the machine's processors, at most 16). */
   threads?: number;
@@ -15,10 +15,12 @@ export interface NodeRuntimeOptions {
 
 const REMEDY: Record<Device, string> = {
   cpu: 'Reinstall onnxruntime-node.',
-  webgpu: 'It needs a graphics driver with Vulkan, Direct3D 12 or Metal; use --device cpu otherwise.',
-  cuda: 'It needs an NVIDIA GPU and CUDA 12; install with ONNXRUNTIME_NODE_INSTALL=cuda12, or use --device cpu.',
-  dml: 'DirectML exists on Windows only; use --device cpu otherwise.',
-  coreml: 'CoreML exists on macOS only; use --device cpu otherwise.',
+  webgpu: 'It needs a graphics driver for Vulkan, Direct3D 12 or Metal; choose device "cpu" otherwise.',
+  cuda:
+    'It needs Linux, an NVIDIA GPU, CUDA 12 and onnxruntime-node installed with ONNXRUNTIME_NODE_INSTALL=cuda12; ' +
+    'choose device "webgpu" or "cpu" otherwise.',
+  dml: 'It needs Windows with a Direct3D 12 GPU; choose device "webgpu" or "cpu" otherwise.',
+  coreml: 'It needs macOS; choose device "webgpu" or "cpu" otherwise.',
 };
 
 /** Devices that the installed onnxruntime-node has code for; whether the hardware is there shows when it is used. */
@@ -37,35 +39,29 @@ export function nodeRuntime(options: NodeRuntimeOptions = {}): Runtime {
     throw new MmditxError('bad-option', `There is no device "${device}"; choose one of ${DEVICES.join(', ')}.`);
   }
   if (!availableDevices().includes(device)) {
-    throw new MmditxError('device-unavailable', `Device "${device}" is not available here. ${REMEDY[device]}`);
+    throw unavailable(device, REMEDY[device]);
   }
   return createRuntime({
     device,
     Tensor,
-    async createSession(model, compile) {
-      try {
-        return await InferenceSession.create(model, sessionOptions(device, threads, compile));
-      } catch (error) {
-        throw device === 'cpu' ? error : unavailable(device, error);
-      }
-    },
+    remedy: REMEDY[device],
+    createSession: (model, compile) =>
+      InferenceSession.create(model.bytes, sessionOptions(device, threads, model.lookups, compile)),
   });
 }
 
-function unavailable(device: Device, cause: unknown): MmditxError {
-  const reason = cause instanceof Error ? cause.message.split('\n')[0]! : String(cause);
-  return new MmditxError('device-unavailable', `Device "${device}" failed to start: ${reason}. ${REMEDY[device]}`, {
-    cause,
-  });
-}
-
-function sessionOptions(device: Device, threads: number, compile: CompileOptions): InferenceSession.SessionOptions {
+function sessionOptions(
+  device: Device,
+  threads: number,
+  lookups: readonly string[],
+  compile: CompileOptions,
+): InferenceSession.SessionOptions {
   const folders = new Set((compile.files ?? []).flatMap(({ path }) => (path ? [dirname(path)] : [])));
   if (folders.size > 1) throw new RangeError('The weights of one program must lie in one folder.');
   const [folder] = folders;
   const inMemory = (compile.files ?? []).flatMap(({ name, bytes }) => (bytes ? [{ path: name, data: bytes }] : []));
   return {
-    executionProviders: device === 'cpu' ? ['cpu'] : [device, 'cpu'],
+    executionProviders: device === 'cpu' ? ['cpu'] : [executionProvider(device, lookups), 'cpu'],
     graphOptimizationLevel: 'all',
     intraOpNumThreads: threads,
     interOpNumThreads: 1,
@@ -74,4 +70,9 @@ function sessionOptions(device: Device, threads: number, compile: CompileOptions
     ...(compile.profile ? { enableProfiling: true, profileFilePrefix: compile.profile } : {}),
     extra: folder ? { session: { model_external_initializers_file_folder_path: folder } } : {},
   };
+}
+
+function executionProvider(device: Device, lookups: readonly string[]): InferenceSession.ExecutionProviderConfig {
+  // Tables of embeddings and positions stay in main memory; besides, they are float16, which some adapters lack.
+  return device === 'webgpu' && lookups.length > 0 ? { name: device, forceCpuNodeNames: lookups } : device;
 }

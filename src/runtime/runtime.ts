@@ -6,11 +6,24 @@
 import type { InferenceSession, Tensor as OrtTensor, TensorConstructor } from 'onnxruntime-common';
 import { MmditxError } from '../errors.ts';
 import {
+  absolute,
+  add,
+  attention,
   type Binding,
   type DType,
+  floats,
+  input,
   leaves,
+  matmul,
+  matmulTransposed,
+  type OnnxModel,
+  type OnnxOptions,
   OUTPUT_PREFIX,
   type Program,
+  reshape,
+  softmax,
+  subtract,
+  sum,
   type Tensor,
   type TensorData,
   type TypedArray,
@@ -30,7 +43,7 @@ export interface RunOptions {
 export interface Executable {
   /** Runs with a value for every input; gives every output. Throws on missing inputs and wrong shapes. */
   run(inputs: Readonly<Record<string, TensorData>>, options?: RunOptions): Promise<Record<string, TensorData>>;
-  /** Gives the memory back. The executable cannot run afterwards. */
+  /** Gives the memory back once runs in progress have ended. The executable cannot run afterwards. */
   dispose(): Promise<void>;
 }
 
@@ -54,6 +67,12 @@ export interface CompileOptions {
 
 export interface Runtime {
   readonly device: Device;
+  /**
+   * Makes sure that the device works, which the first compilation does otherwise.
+   * @throws MmditxError `device-unavailable` with what the device needs
+   */
+  check(): Promise<void>;
+  /** @throws MmditxError `device-unavailable` with what the device needs */
   compile(program: Program, options: CompileOptions): Promise<Executable>;
 }
 
@@ -61,19 +80,79 @@ export interface Runtime {
 export interface Engine {
   readonly device: Device;
   readonly Tensor: TensorConstructor;
-  createSession(model: Uint8Array, options: CompileOptions): Promise<InferenceSession>;
+  /** What the device needs, in a sentence that ends the message when it cannot be used. */
+  readonly remedy: string;
+  createSession(model: OnnxModel, options: CompileOptions): Promise<InferenceSession>;
 }
 
 /** A runtime on an ONNX Runtime binding. */
 export function createRuntime(engine: Engine): Runtime {
+  let tried: Promise<{ fusedAttention: boolean }> | undefined;
+  const tryOnce = () => {
+    tried ??= engine.device === 'cpu' ? Promise.resolve({ fusedAttention: true }) : tryDevice(engine);
+    return tried;
+  };
   return {
     device: engine.device,
+    async check() {
+      await tryOnce();
+    },
     async compile(program, options) {
-      const session = await engine.createSession(writeOnnx(program, options.bind), options);
-      const trained = leaves(program).parameters.filter((tensor) => options.bind(tensor) === 'input');
-      return executable(engine, session, [...leaves(program).inputs, ...trained], options);
+      return compile(engine, program, options, await tryOnce());
     },
   };
+}
+
+async function compile(
+  engine: Engine,
+  program: Program,
+  options: CompileOptions,
+  onnx: OnnxOptions,
+): Promise<Executable> {
+  const session = await engine.createSession(writeOnnx(program, options.bind, onnx), options);
+  const { inputs, parameters } = leaves(program);
+  const trained = parameters.filter((tensor) => options.bind(tensor) === 'input');
+  return executable(engine, session, [...inputs, ...trained], options);
+}
+
+/** Tokens of the trial: the flash attention kernel of ONNX Runtime's WebGPU starts at 32 queries. */
+const TRIAL_TOKENS = 40;
+const TRIAL_WIDTH = 8;
+/** Float32 attention is right to about 1e-6 and the fault seen (see {@link tryDevice}) is above 1e-2. */
+const TRIAL_TOLERANCE = 1e-3;
+
+/**
+ * Runs a small program, which tells a missing device from a faulty model, and a device's attention from its
+ * definition: the WebGPU kernel of ONNX Runtime 1.30 counts keys twice where a subgroup has only four lanes (software
+ * adapters such as SwiftShader, some phones), and says nothing.
+ */
+async function tryDevice(engine: Engine): Promise<{ fusedAttention: boolean }> {
+  const shape = [1, TRIAL_TOKENS, TRIAL_WIDTH];
+  const x = input('x', 'float32', shape);
+  const bias = input('bias', 'float32', [1, 1, TRIAL_TOKENS, TRIAL_TOKENS]);
+  const logits = add(matmulTransposed(x, x), reshape(bias, [1, TRIAL_TOKENS, TRIAL_TOKENS]));
+  const difference = subtract(attention(x, x, x, { heads: 1, scale: 1, bias }), matmul(softmax(logits), x));
+  const values = (length: number) => Float32Array.from({ length }, (_, i) => Math.sin(i));
+  try {
+    const program = await compile(
+      engine,
+      { outputs: { error: sum(absolute(difference)) } },
+      { bind: () => 'input' },
+      {},
+    );
+    const { error } = await program.run({
+      x: floats(shape, values(TRIAL_TOKENS * TRIAL_WIDTH)),
+      bias: floats([1, 1, TRIAL_TOKENS, TRIAL_TOKENS], values(TRIAL_TOKENS ** 2)),
+    });
+    await program.dispose();
+    return { fusedAttention: Number(error!.data[0]) < TRIAL_TOLERANCE };
+  } catch (cause) {
+    throw unavailable(engine.device, engine.remedy, cause);
+  }
+}
+
+export function unavailable(device: Device, remedy: string, cause?: unknown): MmditxError {
+  return new MmditxError('device-unavailable', `Device "${device}" cannot be used here. ${remedy}`, { cause });
 }
 
 function executable(
@@ -83,6 +162,7 @@ function executable(
   { profile }: CompileOptions,
 ): Executable {
   const expected = new Map(inputs.map((tensor) => [tensor.name!, tensor]));
+  const running = new Set<Promise<unknown>>();
   let disposed = false;
   return {
     async run(values, { signal } = {}) {
@@ -95,14 +175,20 @@ function executable(
         checkFits(name, tensor, value);
         feeds[name] = toOrt(Tensor, value);
       }
-      const results = await session.run(feeds);
+      const run = session.run(feeds);
+      running.add(run);
+      const results = await run.finally(() => running.delete(run));
       return Object.fromEntries(
-        Object.entries(results).map(([name, result]) => [name.slice(OUTPUT_PREFIX.length), fromOrt(result as OrtTensor)]),
+        Object.entries(results).map(([name, result]) => [
+          name.slice(OUTPUT_PREFIX.length),
+          fromOrt(result as OrtTensor),
+        ]),
       );
     },
     async dispose() {
       if (disposed) return;
       disposed = true;
+      await Promise.allSettled(running);
       if (profile) session.endProfiling();
       await session.release();
     },
@@ -127,6 +213,9 @@ function toOrt(Tensor: TensorConstructor, { dtype, shape, data }: TensorData): O
   return new Tensor(dtype as 'float32', data as Float32Array, [...shape]);
 }
 
-function fromOrt(tensor: OrtTensor): TensorData {
-  return { dtype: tensor.type as DType, shape: tensor.dims, data: tensor.data as unknown as TypedArray };
+function fromOrt({ type, dims, data }: OrtTensor): TensorData {
+  const values = data as unknown as TypedArray;
+  // Where the language has a Float16Array, ONNX Runtime gives one instead of the raw bits.
+  const raw = type === 'float16' ? new Uint16Array(values.buffer, values.byteOffset, values.length) : values;
+  return { dtype: type as DType, shape: dims, data: raw };
 }

@@ -4,6 +4,7 @@ import { type Dimension, sameDimension } from './dimension.ts';
 import { add, multiply, subtract } from './elementwise.ts';
 import { reshape, transpose } from './layout.ts';
 import { matmul, matmulTransposed } from './linear.ts';
+import type { OnnxWriter } from './onnx.ts';
 import { softmax, sum } from './reduction.ts';
 import { misfit, type Operation, record, type Tensor } from './tensor.ts';
 
@@ -55,10 +56,33 @@ const ATTENTION: Operation = {
     return [...gradients, axes.length > 0 ? sum(logits, axes, { keepAxes: true }) : logits];
   },
   write(output, [query, key, value, bias], writer) {
+    if (!writer.fusedAttention) return writePlain(output, [query!, key!, value!, bias], writer);
     const operands = bias ? [query!, key!, value!, '', '', bias] : [query!, key!, value!];
     return writer.node('MultiHeadAttention', operands, output.attributes, 'com.microsoft');
   },
 };
+
+/** The definition in elementary nodes, for devices whose own kernel gives wrong values. It stores all the weights. */
+function writePlain(
+  output: Tensor,
+  [query, key, value, bias]: readonly [string, string, string, string | undefined],
+  writer: OnnxWriter,
+): string {
+  const { num_heads: heads, scale } = output.attributes as { num_heads: number; scale: number };
+  const width = output.shape[2] as number;
+  // In a shape, 0 keeps the size of the axis.
+  const split = (x: string, order: readonly number[]) =>
+    writer.node('Transpose', [writer.node('Reshape', [x, writer.integers([0, 0, heads, width / heads])])], {
+      perm: order,
+    });
+  const scaled = writer.node('Mul', [split(query, [0, 2, 1, 3]), writer.floats([scale])]);
+  const products = writer.node('MatMul', [scaled, split(key, [0, 2, 3, 1])]);
+  const weights = writer.node('Softmax', [bias ? writer.node('Add', [products, bias]) : products], { axis: -1 });
+  const joined = writer.node('Transpose', [writer.node('MatMul', [weights, split(value, [0, 2, 1, 3])])], {
+    perm: [0, 2, 1, 3],
+  });
+  return writer.node('Reshape', [joined, writer.integers([0, 0, width])]);
+}
 
 /** softmax(q k^T * scale + bias) v, each head apart: q [B,T,heads*d], k and v [B,S,heads*d]; gives [B,T,heads*d]. */
 export function attention(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions): Tensor {
@@ -71,7 +95,8 @@ export function attention(query: Tensor, key: Tensor, value: Tensor, options: At
     key.shape[2] === width &&
     value.shape[2] === width &&
     sameDimension(key.shape[1]!, value.shape[1]!);
-  if (!fits) misfit('Attention', `needs [batch, tokens, width] with a width that ${heads} heads divide`, query, key, value);
+  if (!fits)
+    misfit('Attention', `needs [batch, tokens, width] with a width that ${heads} heads divide`, query, key, value);
   const scale = options.scale ?? 1 / Math.sqrt((width as number) / heads);
   return record(ATTENTION, bias ? [query, key, value, bias] : [query, key, value], query.shape, {
     attributes: { num_heads: heads, scale },

@@ -5,9 +5,9 @@ import {
   type Dimension,
   exactQuotient,
   plus,
+  type Shape,
   sameDimension,
   sameShape,
-  type Shape,
   shapeText,
   times,
   volume,
@@ -171,6 +171,7 @@ export function expand(x: Tensor, shape: Shape): Tensor {
 
 const CROP: Operation = {
   name: 'Crop',
+  lookup: true,
   gradient: () => [undefined, undefined],
   write(output, [x, corner], writer) {
     const axes = (output.attributes.sizes as Shape).map((_, axis) => axis);
@@ -199,6 +200,7 @@ export function cast(x: Tensor, dtype: DType): Tensor {
 
 const GATHER: Operation = {
   name: 'Gather',
+  lookup: true,
   gradient(output, upstream) {
     const [table, ids] = output.inputs as [Tensor, Tensor];
     return [record(SCATTER_ROWS, [ids, upstream], table.shape, { dtype: 'float32' }), undefined];

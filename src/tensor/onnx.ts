@@ -5,12 +5,12 @@
 
 import { create, toBinary } from '@bufbuild/protobuf';
 import { type DType, elementCount, type TensorData } from './data.ts';
-import { type Dimension, dimensionText, sameDimension, type Shape } from './dimension.ts';
+import { type Dimension, dimensionText, type Shape, sameDimension } from './dimension.ts';
 import { inOrder } from './gradient.ts';
 import {
-  AttributeProto_AttributeType as AttributeType,
   type AttributeProto,
   AttributeProtoSchema,
+  AttributeProto_AttributeType as AttributeType,
   GraphProtoSchema,
   ModelProtoSchema,
   type NodeProto,
@@ -75,6 +75,20 @@ export interface OnnxWriter {
   /** The same for reshaping `from`: symbolic sizes are left to the runtime where it can infer them. */
   shapeFor(from: Tensor, to: Shape): string;
   elementType(dtype: DType): number;
+  /** Whether attention is one node of ONNX Runtime's own. */
+  readonly fusedAttention: boolean;
+}
+
+export interface OnnxOptions {
+  /** Write attention as one node of ONNX Runtime's own (default true), else as products and a softmax. */
+  fusedAttention?: boolean;
+}
+
+export interface OnnxModel {
+  /** The model in ONNX's file format. */
+  readonly bytes: Uint8Array;
+  /** Names of the nodes that read a few rows of a table and convert them: no reason to copy it to a graphics device. */
+  readonly lookups: readonly string[];
 }
 
 function bytesOf(data: ArrayBufferView): Uint8Array {
@@ -124,7 +138,11 @@ export function leaves(program: Program): { inputs: Tensor[]; parameters: Tensor
  * @param bind says for each parameter where its value comes from
  * @throws RangeError when a symbolic size cannot be found from any input, or two inputs share a name
  */
-export function writeOnnx(program: Program, bind: (parameter: Tensor) => Binding): Uint8Array {
+export function writeOnnx(
+  program: Program,
+  bind: (parameter: Tensor) => Binding,
+  { fusedAttention = true }: OnnxOptions = {},
+): OnnxModel {
   const nodes: NodeProto[] = [];
   const initializers: TensorProto[] = [];
   const graphInputs: ValueInfoProto[] = [];
@@ -198,10 +216,14 @@ export function writeOnnx(program: Program, bind: (parameter: Tensor) => Binding
   const shapeFor: OnnxWriter['shapeFor'] = (from, to) => {
     const symbolic = to.flatMap((size, axis) => (typeof size === 'number' ? [] : [axis]));
     // 0 copies the size of the same axis, -1 is whatever is left: the runtime's shape inference understands both.
-    const copied = symbolic.filter((axis) => from.shape[axis] !== undefined && sameDimension(from.shape[axis], to[axis]!));
+    const copied = symbolic.filter(
+      (axis) => from.shape[axis] !== undefined && sameDimension(from.shape[axis], to[axis]!),
+    );
     const unknown = symbolic.filter((axis) => !copied.includes(axis));
     if (unknown.length > 1 || to.includes(0)) return shape(to);
-    return integers(to.map((size, axis) => (copied.includes(axis) ? 0 : unknown.includes(axis) ? -1 : (size as number))));
+    return integers(
+      to.map((size, axis) => (copied.includes(axis) ? 0 : unknown.includes(axis) ? -1 : (size as number))),
+    );
   };
   const writer: OnnxWriter = {
     node,
@@ -211,6 +233,7 @@ export function writeOnnx(program: Program, bind: (parameter: Tensor) => Binding
     shape,
     shapeFor,
     elementType: (dtype) => ELEMENT_TYPES[dtype],
+    fusedAttention,
   };
 
   const parameterInitializer = (tensor: Tensor, name: string): void => {
@@ -243,6 +266,7 @@ export function writeOnnx(program: Program, bind: (parameter: Tensor) => Binding
 
   const nameOf = (tensor: Tensor): string => named.get(tensor)!;
   const taken = new Set<string>();
+  const lookups: string[] = [];
   for (const tensor of ordered) {
     if (isInput(tensor) || isParameter(tensor)) {
       const name = tensor.name!;
@@ -260,6 +284,8 @@ export function writeOnnx(program: Program, bind: (parameter: Tensor) => Binding
         tensor,
         operation.write?.(tensor, names, writer) ?? node(operation.name, names, attributes, operation.domain),
       );
+      const converts = operation.name === 'Cast' && inputs[0]!.operation.lookup;
+      if (operation.lookup || converts) lookups.push(nameOf(tensor));
     }
   }
 
@@ -285,5 +311,5 @@ export function writeOnnx(program: Program, bind: (parameter: Tensor) => Binding
       output: outputs,
     }),
   });
-  return toBinary(ModelProtoSchema, model);
+  return { bytes: toBinary(ModelProtoSchema, model), lookups };
 }

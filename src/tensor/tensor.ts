@@ -16,6 +16,8 @@ export interface Operation {
   readonly name: string;
   /** ONNX operator domain; the standard one when left out. */
   readonly domain?: string;
+  /** Reads a few rows of a table that may be large: best done in main memory, where the table's file is mapped. */
+  readonly lookup?: true;
   /**
    * Gradients of the inputs given the gradient of the output, in the order of the inputs; `undefined` for inputs
    * without one (indices, masks).

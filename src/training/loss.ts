@@ -1,6 +1,6 @@
 /** Losses as tensor programs. */
 
-import { type TransformerConfig, TIMESTEP_SCALE, type VaeConfig } from '../models/config.ts';
+import { type TransformerConfig, TIMESTEP_SCALE, type VaeConfig, vaeDownscale } from '../models/config.ts';
 import { mmditx, timestepEmbedding, type TransformerInputs, transformerInputs } from '../models/mmditx.ts';
 import { decode, encodeMoments, imageInput } from '../models/vae.ts';
 import type { Weights } from '../models/weights.ts';
@@ -46,18 +46,21 @@ export function timestepInput(sigma: ArrayLike<number>, { timestepWidth }: Trans
 export interface AutoencoderLossOptions {
   /** Weight of differences between neighbouring pixels, which keeps edges sharp (default 1). */
   edges?: number;
+  /** Weight of differences between means of 8x8 blocks, which normalisation layers are slow to learn (default 2). */
+  colour?: number;
   /** Weight of the posterior's divergence from a standard normal (default 1e-4). */
   divergence?: number;
 }
 
 /**
- * The autoencoder's loss: absolute error of pixels and of edges, and the posterior's divergence.
+ * The autoencoder's loss: absolute error of pixels, of edges and of coarse colours, and the
+ * posterior's divergence.
  * Inputs: `image` [batch, 3, height, width] in [-1, 1]; `noise` [batch, latentChannels, height / 8, width / 8].
  */
 export function autoencoderLoss(
   config: VaeConfig,
   weights: Weights,
-  { edges = 1, divergence = 1e-4 }: AutoencoderLossOptions = {},
+  { edges = 1, colour = 2, divergence = 1e-4 }: AutoencoderLossOptions = {},
 ): { loss: t.Tensor; pixels: t.Tensor; divergence: t.Tensor } {
   const image = imageInput(config);
   const [mean, logVariance] = t.split(encodeMoments(config, weights, image), 2, 1) as [t.Tensor, t.Tensor];
@@ -67,10 +70,19 @@ export function autoencoderLoss(
   const difference = t.subtract(decode(config, weights, latent), image);
   const pixels = t.mean(t.absolute(difference));
   const edgeError = t.add(t.mean(t.absolute(slope(difference, 2))), t.mean(t.absolute(slope(difference, 3))));
+  const colourError = t.mean(t.absolute(blockMeans(difference, vaeDownscale(config))));
   const spread = t.subtract(t.add(t.square(mean), t.exponential(logVariance)), t.add(logVariance, 1));
   const kl = t.multiply(t.mean(spread), 0.5);
-  const loss = t.add(t.add(pixels, t.multiply(edgeError, edges)), t.multiply(kl, divergence));
+  const reconstruction = t.add(t.add(pixels, t.multiply(edgeError, edges)), t.multiply(colourError, colour));
+  const loss = t.add(reconstruction, t.multiply(kl, divergence));
   return { loss, pixels, divergence: kl };
+}
+
+/** Means of square blocks of an image. */
+function blockMeans(x: t.Tensor, side: number): t.Tensor {
+  const [batch, channels, height, width] = x.shape as [t.Dimension, t.Dimension, t.Dimension, t.Dimension];
+  const [rows, columns] = [t.exactQuotient(height, side)!, t.exactQuotient(width, side)!];
+  return t.mean(t.reshape(x, [batch, channels, rows, side, columns, side]), [3, 5]);
 }
 
 /** Differences between neighbours along an axis. */

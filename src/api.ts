@@ -1,0 +1,16 @@
+/** What both entries of the package export. */
+
+export { type ErrorCode, MmditxError } from './errors.ts';
+export type { RgbImage } from './image/image.ts';
+export { imageFromTensor, maskFromImage, tensorFromImage } from './image/image.ts';
+export { decodePng, encodePng } from './image/png.ts';
+export { type GenerationSettings, settingsFromPng } from './image/settings.ts';
+export type { ModelDefaults } from './pipeline/defaults.ts';
+export type { GenerateOptions } from './pipeline/options.ts';
+export type { GeneratedImage, GenerationEvent, StableDiffusion } from './pipeline/pipeline.ts';
+export { type Device, DEVICES } from './runtime/runtime.ts';
+export { diffusersDefaults, modelCardDefaults, stabilityDefaults } from './sampling/defaults.ts';
+export type { SkipLayerGuidance } from './sampling/guidance.ts';
+export { type SamplerName, samplerNames } from './sampling/samplers.ts';
+export { type ScheduleName, scheduleNames } from './sampling/schedules.ts';
+export { VERSION } from './version.ts';

@@ -1,0 +1,147 @@
+/** What a picture is asked for with: the options of `generate`, checked and completed. */
+
+import { MmditxError } from '../errors.ts';
+import type { RgbImage } from '../image/image.ts';
+import { type TransformerConfig, type VaeConfig, vaeDownscale } from '../models/config.ts';
+import type { SkipLayerGuidance } from '../sampling/guidance.ts';
+import { type SamplerName, samplerNames } from '../sampling/samplers.ts';
+import { type DenoiseRule, MAX_STEPS, type ScheduleName, scheduleNames } from '../sampling/schedules.ts';
+import type { FloatTensor } from '../tensor/data.ts';
+import type { PromptSyntax } from '../text/prompt-weights.ts';
+import type { TokenOptions } from '../text/tokens.ts';
+import type { ModelDefaults } from './defaults.ts';
+
+export interface GenerateOptions {
+  /** What to draw. Brackets weigh words: `(word:1.2)`, `((word))`, `[word]`; see {@link promptSyntax}. */
+  prompt: string;
+  /** What to keep away from (default empty). Not computed at a `cfg` of 1. */
+  negativePrompt?: string;
+  /** Size in pixels, multiples of 16 within the model's position table (default the model's; 1024 for SD3.5 Medium). */
+  width?: number;
+  height?: number;
+  /** Steps of the sampler, 1 to 10000 (default 50, Stability's). */
+  steps?: number;
+  /** Classifier-free guidance scale (default 5, Stability's). */
+  cfg?: number;
+  /** Default `dpmpp_2m`, Stability's. */
+  sampler?: SamplerName;
+  /** Default `normal`, Stability's and diffusers'. */
+  scheduler?: ScheduleName;
+  /** Timestep shift (default 3, that of every SD3.5 model). */
+  shift?: number;
+  /** 0 to 2^64 - 1; the same seed gives the same noise as in ComfyUI and Stability's code (default random). */
+  seed?: number | bigint;
+  /** Pictures made at once (default 1). Their noise is one stream, as in ComfyUI. */
+  batchSize?: number;
+  /** Skip-layer guidance: `true` for the official settings, or those to change (default off, as in the references). */
+  skipLayerGuidance?: boolean | Partial<SkipLayerGuidance>;
+  /** Picture to start from, of the size asked for. */
+  initImage?: RgbImage;
+  /** Share of `initImage` that is redrawn, above 0 to 1 (default 0.8, Stability's). */
+  strength?: number;
+  /** How `strength` shortens the schedule (default `stability`). */
+  denoiseRule?: DenoiseRule;
+  /** What of `initImage` is repainted, [1, 1, height, width] in 0..1, 1 repaints; the rest keeps its pixels. */
+  mask?: FloatTensor;
+  /** How brackets are read (default `a1111`: `( )` as in ComfyUI, and `[ ]`). */
+  promptSyntax?: PromptSyntax;
+  /** Prompts over 77 CLIP tokens: several chunks (ComfyUI, default) or cut with a warning (diffusers). */
+  longPrompt?: 'chunk' | 'truncate';
+  /** Number of T5 tokens (default at least 77, as ComfyUI; diffusers uses `{ length: 256 }`). */
+  t5Tokens?: NonNullable<TokenOptions['t5Tokens']>;
+  /** Stops between two steps; the call rejects with the signal's reason. */
+  signal?: AbortSignal;
+}
+
+/** Options with everything decided. */
+export interface CompleteOptions
+  extends Required<Omit<GenerateOptions, 'skipLayerGuidance' | 'initImage' | 'mask' | 'signal'>> {
+  skipLayerGuidance: SkipLayerGuidance | undefined;
+  initImage: RgbImage | undefined;
+  mask: FloatTensor | undefined;
+  signal: AbortSignal | undefined;
+}
+
+/** Pictures made at once at most: memory grows with them. */
+const MAX_BATCH = 64;
+const MAX_SEED = 2n ** 64n - 1n;
+
+export interface ModelFacts {
+  readonly transformer: TransformerConfig;
+  readonly vae: VaeConfig;
+  readonly defaults: ModelDefaults;
+  /** T5 tokens a prompt is padded to. */
+  readonly t5Tokens: number;
+}
+
+/**
+ * Fills in defaults and checks everything that can be known before the work starts.
+ * @throws MmditxError `bad-option`
+ */
+export function completeOptions(options: GenerateOptions, model: ModelFacts): CompleteOptions {
+  const { defaults } = model;
+  const { initImage } = options;
+  const guidance = options.skipLayerGuidance;
+  const complete: CompleteOptions = {
+    prompt: options.prompt,
+    negativePrompt: options.negativePrompt ?? '',
+    width: options.width ?? initImage?.width ?? defaults.width,
+    height: options.height ?? initImage?.height ?? defaults.height,
+    steps: options.steps ?? defaults.steps,
+    cfg: options.cfg ?? defaults.cfg,
+    sampler: options.sampler ?? defaults.sampler,
+    scheduler: options.scheduler ?? defaults.schedule,
+    shift: options.shift ?? defaults.shift,
+    seed: options.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]!,
+    batchSize: options.batchSize ?? 1,
+    skipLayerGuidance: guidance ? { ...defaults.skipLayer, ...(guidance === true ? {} : guidance) } : undefined,
+    initImage,
+    strength: options.strength ?? (initImage ? defaults.denoise : 1),
+    denoiseRule: options.denoiseRule ?? defaults.denoiseRule,
+    mask: options.mask,
+    promptSyntax: options.promptSyntax ?? 'a1111',
+    longPrompt: options.longPrompt ?? 'chunk',
+    t5Tokens: options.t5Tokens ?? { minimum: model.t5Tokens },
+    signal: options.signal,
+  };
+  checkSize(complete, model);
+  const { steps, batchSize, seed, cfg, sampler, scheduler, strength, mask } = complete;
+  require(typeof complete.prompt === 'string', 'The prompt must be a text.');
+  require(Number.isInteger(steps) && steps >= 1 && steps <= MAX_STEPS, `The number of steps is ${steps}; give 1 to ${MAX_STEPS}.`);
+  require(Number.isFinite(cfg), `The guidance scale is ${cfg}; it must be a number.`);
+  require(samplerNames.includes(sampler), `There is no sampler "${sampler}"; choose one of ${samplerNames.join(', ')}.`);
+  require(scheduleNames.includes(scheduler), `There is no scheduler "${scheduler}"; choose one of ${scheduleNames.join(', ')}.`);
+  require(complete.shift > 0 && Number.isFinite(complete.shift), `The shift is ${complete.shift}; it must be above 0.`);
+  require(
+    Number.isInteger(batchSize) && batchSize >= 1 && batchSize <= MAX_BATCH,
+    `The batch size is ${batchSize}; give 1 to ${MAX_BATCH}.`,
+  );
+  const wholeSeed = typeof seed === 'bigint' || Number.isSafeInteger(seed);
+  require(wholeSeed && seed >= 0 && seed <= MAX_SEED, `The seed is ${seed}; give a whole number from 0 to 2^64 - 1.`);
+  require(strength > 0 && strength <= 1, `The strength is ${strength}; it must be above 0 and at most 1.`);
+  require(!mask || initImage, 'A mask needs an initial picture to repaint.');
+  const maskFits = !mask || (mask.shape[2] === complete.height && mask.shape[3] === complete.width);
+  require(maskFits, `The mask must be ${complete.width}x${complete.height} pixels, the size of the picture.`);
+  return complete;
+}
+
+function checkSize({ width, height, initImage }: CompleteOptions, { transformer, vae }: ModelFacts): void {
+  const unit = vaeDownscale(vae) * transformer.patchSize;
+  const largest = unit * transformer.tableSize;
+  for (const [name, value] of [['width', width], ['height', height]] as const) {
+    const below = Math.max(unit, Math.min(Math.floor(value / unit) * unit, largest));
+    const fits = Number.isInteger(value) && value >= unit && value % unit === 0 && value <= largest;
+    require(
+      fits,
+      `The ${name} is ${value}; this model draws multiples of ${unit} from ${unit} to ${largest} pixels, such as ${below || unit}.`,
+    );
+  }
+  require(
+    !initImage || (initImage.width === width && initImage.height === height),
+    `The initial picture is ${initImage?.width}x${initImage?.height} and ${width}x${height} was asked for; resize it first.`,
+  );
+}
+
+function require(condition: unknown, message: string): asserts condition {
+  if (!condition) throw new MmditxError('bad-option', message);
+}
