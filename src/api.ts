@@ -8,7 +8,7 @@ export { type GenerationSettings, settingsFromPng } from './image/settings.ts';
 export type { ModelDefaults } from './pipeline/defaults.ts';
 export type { GenerateOptions } from './pipeline/options.ts';
 export type { GeneratedImage, GenerationEvent, StableDiffusion } from './pipeline/pipeline.ts';
-export { type Device, DEVICES } from './runtime/runtime.ts';
+export { DEVICES, type Device } from './runtime/runtime.ts';
 export { diffusersDefaults, modelCardDefaults, stabilityDefaults } from './sampling/defaults.ts';
 export type { SkipLayerGuidance } from './sampling/guidance.ts';
 export { type SamplerName, samplerNames } from './sampling/samplers.ts';

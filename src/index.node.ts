@@ -14,14 +14,14 @@ import { fileURLToPath } from 'node:url';
 import { MmditxError } from './errors.ts';
 import { modelIdentity } from './pipeline/identity.ts';
 import { createPipeline, type PipelineSource, type StableDiffusion } from './pipeline/pipeline.ts';
-import { nodeRuntime, type NodeRuntimeOptions } from './runtime/node.node.ts';
+import { type NodeRuntimeOptions, nodeRuntime } from './runtime/node.node.ts';
 import type { Runtime } from './runtime/runtime.ts';
 import { ioError } from './weights/atomic.node.ts';
 import { type Checkpoint, openCheckpoint } from './weights/checkpoint.ts';
 import { type FileSource, fileSource } from './weights/files.node.ts';
 
 export * from './api.ts';
-export { availableDevices, nodeRuntime, type NodeRuntimeOptions } from './runtime/node.node.ts';
+export { availableDevices, type NodeRuntimeOptions, nodeRuntime } from './runtime/node.node.ts';
 
 /** The small model that ships with this package. */
 export const SMALL_MODEL = join(dirname(fileURLToPath(import.meta.url)), '../models/small/mmditx-small.safetensors');

@@ -6,15 +6,15 @@
  * const [image] = await sd.generate({ prompt: 'a red apple' });
  */
 
-import { createPipeline, type PipelineSource, type StableDiffusion } from './pipeline/pipeline.ts';
 import { modelIdentity } from './pipeline/identity.ts';
+import { createPipeline, type PipelineSource, type StableDiffusion } from './pipeline/pipeline.ts';
 import type { Runtime } from './runtime/runtime.ts';
-import { webRuntime, type WebRuntimeOptions } from './runtime/web.ts';
+import { type WebRuntimeOptions, webRuntime } from './runtime/web.ts';
 import { openCheckpoint } from './weights/checkpoint.ts';
 import { blobSource } from './weights/safetensors.ts';
 
 export * from './api.ts';
-export { webRuntime, type WebRuntimeOptions } from './runtime/web.ts';
+export { type WebRuntimeOptions, webRuntime } from './runtime/web.ts';
 
 export interface LoadOptions extends WebRuntimeOptions {
   /** Texts of tokenizer.json files, for checkpoints that do not bring their own. */

@@ -31,7 +31,11 @@ export function prepareTexts(): Texts {
   };
   const clip = clipTokenizer(tokenizers.clip);
   const sentencePiece = t5Tokenizer(tokenizers.t5);
-  const [configL, configG, configT5] = [clipL(clip.end + 1), clipG(clip.end + 1), t5(JSON.parse(tokenizers.t5).model.vocab.length)];
+  const [configL, configG, configT5] = [
+    clipL(clip.end + 1),
+    clipG(clip.end + 1),
+    t5(JSON.parse(tokenizers.t5).model.vocab.length),
+  ];
 
   const rows = (texts: readonly string[], length: number, pad: number, encode: (text: string) => number[]) => {
     const data = new Int32Array(texts.length * length).fill(pad);

@@ -1,13 +1,13 @@
 /**
- * Second stage of the recipe: the autoencoder is given the latent scale of the released one, saved, and every
- * training picture is encoded over every background.
+ * From the autoencoder to the transformer: the trained autoencoder is given the latent scale of the released one, and
+ * every training picture is encoded over every background.
  */
 
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { loadAutoencoder } from '../../src/models/autoencoder.ts';
 import { nodeRuntime } from '../../src/runtime/node.node.ts';
-import { elementCount, floats, type FloatTensor, type TensorData } from '../../src/tensor/data.ts';
+import { elementCount, type FloatTensor, floats, type TensorData } from '../../src/tensor/data.ts';
 import { openCheckpoint } from '../../src/weights/checkpoint.ts';
 import { fileSource, writeSafetensorsFile } from '../../src/weights/files.node.ts';
 import { configMetadata } from '../../src/weights/metadata.ts';
@@ -19,7 +19,7 @@ import { compose, loadPictures, pictureAt } from './data/pictures.ts';
 import { CACHE } from './paths.ts';
 
 export const VAE_FILE = join(CACHE, 'vae.safetensors');
-const PREFIX = 'first_stage_model.';
+export const VAE_PREFIX = 'first_stage_model.';
 /** Pictures encoded at once. */
 const BATCH = 8;
 
@@ -40,7 +40,7 @@ export async function readAll(path: string): Promise<Map<string, TensorData>> {
 export async function finishAutoencoder(): Promise<void> {
   const weights = new Map<string, FloatTensor>();
   for (const [key, tensor] of await readAll(join(CACHE, 'vae.state.safetensors'))) {
-    if (key.startsWith('average.')) weights.set(PREFIX + key.slice('average.'.length), tensor as FloatTensor);
+    if (key.startsWith('average.')) weights.set(VAE_PREFIX + key.slice('average.'.length), tensor as FloatTensor);
   }
   await writeSafetensorsFile(VAE_FILE, weights, configMetadata({ vae: VAE }));
   const factors = (await channelDeviations()).map((deviation) => 1 / (VAE.latentScale * deviation));
@@ -72,9 +72,9 @@ async function channelDeviations(): Promise<number[]> {
 
 /** Multiplies each latent channel by a factor, in the encoder's last and against it in the decoder's first weights. */
 function rescaleLatents(weights: ReadonlyMap<string, FloatTensor>, factors: readonly number[]): void {
-  const kernel = weights.get(`${PREFIX}encoder.conv_out.weight`)!;
-  const bias = weights.get(`${PREFIX}encoder.conv_out.bias`)!;
-  const inputs = weights.get(`${PREFIX}decoder.conv_in.weight`)!;
+  const kernel = weights.get(`${VAE_PREFIX}encoder.conv_out.weight`)!;
+  const bias = weights.get(`${VAE_PREFIX}encoder.conv_out.bias`)!;
+  const inputs = weights.get(`${VAE_PREFIX}decoder.conv_in.weight`)!;
   const perRow = elementCount(kernel.shape.slice(1));
   const [out, channels, side] = inputs.shape as [number, number, number];
   for (const [channel, factor] of factors.entries()) {

@@ -3,7 +3,11 @@
 import type { StepReport } from '../../src/training/trainer.ts';
 
 /** Prints means over the last `every` steps with the time left. */
-export function progressLog(name: string, steps: number, every = Number(process.env.LOG_EVERY ?? 100)): (report: StepReport) => void {
+export function progressLog(
+  name: string,
+  steps: number,
+  every = Number(process.env.LOG_EVERY ?? 100),
+): (report: StepReport) => void {
   let sums: Record<string, number> = {};
   let count = 0;
   let since = Date.now();

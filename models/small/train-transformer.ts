@@ -52,7 +52,7 @@ const EMPTY_CAPTIONS = 0.1;
 /** Part of the pictures for which one encoder, each by itself, is zero, so that encoders can be left out. */
 const DROPPED_ENCODER = 0.1;
 /** The grid of patches at 128 px spans this much of the positions, one unit a patch. */
-const GRID = { grid: 8, span: 8 };
+export const GRID = { grid: 8, span: 8 };
 
 export function stateFile(stage: Stage): string {
   return join(CACHE, `${stage.name}.state.safetensors`);
@@ -93,13 +93,17 @@ async function initialParameters(previous: Stage | undefined): Promise<Parameter
   for (const [part, tensors] of Object.entries(lists)) {
     for (const [name, shape] of tensors) {
       const key = `${PREFIXES[part as keyof typeof PREFIXES]}.${name}`;
-      values.set(key, initialValue(name, shape, (count) => random.normal(count)));
+      values.set(
+        key,
+        initialValue(name, shape, (count) => random.normal(count)),
+      );
     }
   }
   values.set(`${PREFIXES.transformer}.pos_embed`, positionTable(TRANSFORMER, GRID));
   if (previous) {
     for (const [key, tensor] of await readAll(stateFile(previous))) {
-      if (key.startsWith('parameter.')) values.get(key.slice('parameter.'.length))!.data.set(tensor.data as Float32Array);
+      if (key.startsWith('parameter.'))
+        values.get(key.slice('parameter.'.length))!.data.set(tensor.data as Float32Array);
     }
   }
   return values;
@@ -124,7 +128,11 @@ function batchOf(stage: Stage, latents: t.FloatTensor, random: TorchGenerator) {
     );
     captions.push(random.uniform(1)[0]! < EMPTY_CAPTIONS ? '' : text);
   }
-  const keep = () => t.floats([batch, 1], random.uniform(batch).map((draw) => (draw < DROPPED_ENCODER ? 0 : 1)));
+  const keep = () =>
+    t.floats(
+      [batch, 1],
+      random.uniform(batch).map((draw) => (draw < DROPPED_ENCODER ? 0 : 1)),
+    );
   // Logit-normal with mean 0 and deviation 1 (SD3 paper, section 3.1).
   const sigma = random.normal(batch).map((value) => 1 / (1 + Math.exp(-value)));
   return {
@@ -148,7 +156,8 @@ export async function trainTransformer(): Promise<void> {
       loss: loss(trainableWeights().weights),
       values: await initialParameters(existsSync(stateFile(stage)) ? undefined : previous),
       frozen: (name) => name.endsWith('.pos_embed'),
-      averageDecay: 0.998,
+      averageDecay: 0.98,
+      averageEvery: 10,
       optimizer: { weightDecay: 0.01, beta2: 0.99 },
     });
     await runStage({

@@ -63,6 +63,10 @@ export function decodePng(
   if (header.width * header.height > maxPixels) {
     throw badPng(`is ${header.width} x ${header.height} pixels, more than ${maxPixels}; scale it down first`);
   }
+  // fast-png 8.0 does not separate packed samples of interlaced pictures.
+  if (header.isInterlaced && header.bitsPerPixel < 8) {
+    throw badPng('is interlaced with less than 8 bits per pixel, which is not read; save it without interlacing');
+  }
   const pixelData = chunks.filter(({ type }) => type === 'IDAT').map(({ data }) => data);
   const needed = rawSize(header);
   if (inflate(pixelData, needed, false).size < needed) throw badPng('is cut short; get it again');
@@ -86,7 +90,7 @@ export function pngText(bytes: Uint8Array): Map<string, string> {
   const texts = new Map<string, string>();
   let budget = MAX_INFLATED_TEXT;
   for (const chunk of readChunks(bytes)) {
-    if (!(chunk.type in textReaders)) continue;
+    if (!Object.hasOwn(textReaders, chunk.type)) continue;
     if (crc32(chunk.whole.subarray(4, -4)) !== chunk.crc) throw badPng('has a damaged text; get it again');
     const { keyword, text, inflated } = textReaders[chunk.type as keyof typeof textReaders](chunk.data, budget);
     budget -= inflated;

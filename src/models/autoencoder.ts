@@ -1,7 +1,7 @@
 /** Running the VAE. */
 
 import type { RunOptions, Runtime } from '../runtime/runtime.ts';
-import { elementCount, floats, type FloatTensor } from '../tensor/index.ts';
+import { elementCount, type FloatTensor, floats } from '../tensor/index.ts';
 import type { PartWeights } from '../weights/checkpoint.ts';
 import { bindWeights } from './bind.ts';
 import { LOG_VARIANCE_RANGE, type VaeConfig } from './config.ts';

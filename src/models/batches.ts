@@ -1,6 +1,6 @@
 /** Joining and cutting tensors along their first axis. */
 
-import { elementCount, floats, type FloatTensor } from '../tensor/index.ts';
+import { elementCount, type FloatTensor, floats } from '../tensor/index.ts';
 
 /** Items of several tensors in one batch. */
 export function joinBatches(parts: readonly FloatTensor[]): FloatTensor {

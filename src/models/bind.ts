@@ -1,7 +1,7 @@
 /** Binding a checkpoint's weights to a model's program: by their position in the file, without copying them. */
 
-import { type Binding, cast, elementCount, parameter, ShapeError, type Tensor } from '../tensor/index.ts';
 import type { CompileOptions, WeightFile } from '../runtime/runtime.ts';
+import { type Binding, cast, elementCount, parameter, ShapeError, type Tensor } from '../tensor/index.ts';
 import type { PartWeights } from '../weights/checkpoint.ts';
 import type { Weights } from './weights.ts';
 

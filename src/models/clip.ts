@@ -49,10 +49,16 @@ export function clip(config: ClipConfig, weights: Weights, { ids, end }: ClipInp
 function encoderLayer(config: ClipConfig, weights: Weights, x: t.Tensor, bias: t.Tensor): t.Tensor {
   const { width, heads, mlpWidth, activation } = config;
   const normal = layerNorm(within(weights, 'layer_norm1'), x, width);
-  const project = (name: string, input: t.Tensor) => dense(within(weights, `self_attn.${name}_proj`), input, width, width);
+  const project = (name: string, input: t.Tensor) =>
+    dense(within(weights, `self_attn.${name}_proj`), input, width, width);
   const [query, key, value] = ['q', 'k', 'v'].map((name) => project(name, normal)) as [t.Tensor, t.Tensor, t.Tensor];
   const attended = t.add(x, project('out', t.attention(query, key, value, { heads, bias })));
-  const wide = dense(within(weights, 'mlp.fc1'), layerNorm(within(weights, 'layer_norm2'), attended, width), width, mlpWidth);
+  const wide = dense(
+    within(weights, 'mlp.fc1'),
+    layerNorm(within(weights, 'layer_norm2'), attended, width),
+    width,
+    mlpWidth,
+  );
   const active = activation === 'quick_gelu' ? t.quickGelu(wide) : t.gelu(wide);
   return t.add(attended, dense(within(weights, 'mlp.fc2'), active, mlpWidth, width));
 }

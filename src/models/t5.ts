@@ -27,7 +27,10 @@ export function t5Encoder(config: T5Config, weights: Weights, { ids, buckets }: 
   const { width, layers, heads, vocabSize } = config;
   let x = t.gather(weights('shared.weight', [vocabSize, width]), ids);
   // The first block's table serves all blocks.
-  const table = weights('encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight', [config.buckets, heads]);
+  const table = weights('encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight', [
+    config.buckets,
+    heads,
+  ]);
   const perHead = t.transpose(t.gather(table, buckets), [2, 0, 1]);
   const bias = t.reshape(perHead, [1, ...perHead.shape]);
   for (let layer = 0; layer < layers; layer++) {

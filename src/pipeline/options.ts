@@ -107,15 +107,20 @@ export function completeOptions(options: GenerateOptions, model: ModelFacts): Co
   checkSize(complete, model);
   const { steps, batchSize, seed, cfg, sampler, scheduler, strength, mask } = complete;
   require(typeof complete.prompt === 'string', 'The prompt must be a text.');
-  require(Number.isInteger(steps) && steps >= 1 && steps <= MAX_STEPS, `The number of steps is ${steps}; give 1 to ${MAX_STEPS}.`);
+  require(Number.isInteger(steps) &&
+    steps >= 1 &&
+    steps <= MAX_STEPS, `The number of steps is ${steps}; give 1 to ${MAX_STEPS}.`);
   require(Number.isFinite(cfg), `The guidance scale is ${cfg}; it must be a number.`);
-  require(samplerNames.includes(sampler), `There is no sampler "${sampler}"; choose one of ${samplerNames.join(', ')}.`);
-  require(scheduleNames.includes(scheduler), `There is no scheduler "${scheduler}"; choose one of ${scheduleNames.join(', ')}.`);
+  require(samplerNames.includes(
+    sampler,
+  ), `There is no sampler "${sampler}"; choose one of ${samplerNames.join(', ')}.`);
+  require(scheduleNames.includes(
+    scheduler,
+  ), `There is no scheduler "${scheduler}"; choose one of ${scheduleNames.join(', ')}.`);
   require(complete.shift > 0 && Number.isFinite(complete.shift), `The shift is ${complete.shift}; it must be above 0.`);
-  require(
-    Number.isInteger(batchSize) && batchSize >= 1 && batchSize <= MAX_BATCH,
-    `The batch size is ${batchSize}; give 1 to ${MAX_BATCH}.`,
-  );
+  require(Number.isInteger(batchSize) &&
+    batchSize >= 1 &&
+    batchSize <= MAX_BATCH, `The batch size is ${batchSize}; give 1 to ${MAX_BATCH}.`);
   const wholeSeed = typeof seed === 'bigint' || Number.isSafeInteger(seed);
   require(wholeSeed && seed >= 0 && seed <= MAX_SEED, `The seed is ${seed}; give a whole number from 0 to 2^64 - 1.`);
   require(strength > 0 && strength <= 1, `The strength is ${strength}; it must be above 0 and at most 1.`);
@@ -128,18 +133,18 @@ export function completeOptions(options: GenerateOptions, model: ModelFacts): Co
 function checkSize({ width, height, initImage }: CompleteOptions, { transformer, vae }: ModelFacts): void {
   const unit = vaeDownscale(vae) * transformer.patchSize;
   const largest = unit * transformer.tableSize;
-  for (const [name, value] of [['width', width], ['height', height]] as const) {
+  for (const [name, value] of [
+    ['width', width],
+    ['height', height],
+  ] as const) {
     const below = Math.max(unit, Math.min(Math.floor(value / unit) * unit, largest));
     const fits = Number.isInteger(value) && value >= unit && value % unit === 0 && value <= largest;
-    require(
-      fits,
-      `The ${name} is ${value}; this model draws multiples of ${unit} from ${unit} to ${largest} pixels, such as ${below || unit}.`,
-    );
+    require(fits, `The ${name} is ${value}; this model draws multiples of ${unit} from ${unit} to ${largest} pixels, such as ${below || unit}.`);
   }
-  require(
-    !initImage || (initImage.width === width && initImage.height === height),
-    `The initial picture is ${initImage?.width}x${initImage?.height} and ${width}x${height} was asked for; resize it first.`,
-  );
+  require(!initImage ||
+    (initImage.width === width &&
+      initImage.height ===
+        height), `The initial picture is ${initImage?.width}x${initImage?.height} and ${width}x${height} was asked for; resize it first.`);
 }
 
 function require(condition: unknown, message: string): asserts condition {

@@ -15,8 +15,8 @@ import { samplerNoise, torchGenerator } from '../sampling/noise.ts';
 import { samplers } from '../sampling/samplers.ts';
 import { partialSigmas, scheduleSigmas, timestep } from '../sampling/schedules.ts';
 import type { Denoiser } from '../sampling/steps.ts';
-import { elementCount, floats, type FloatTensor } from '../tensor/data.ts';
-import { type Conditioning, encodePrompt, type Encoders } from '../text/conditioning.ts';
+import { elementCount, type FloatTensor, floats } from '../tensor/data.ts';
+import { type Conditioning, type Encoders, encodePrompt } from '../text/conditioning.ts';
 import { clipTokenizer, t5Tokenizer } from '../text/tokenizer.ts';
 import { type TextEncoders, tokenizePrompt } from '../text/tokens.ts';
 import { VERSION } from '../version.ts';
@@ -189,11 +189,7 @@ function missingTokenizer(encoder: string): MmditxError {
 }
 
 function missingEncoders({ clipL, clipG, t5 }: Networks): string[] {
-  const missing = [
-    ...(clipL ? [] : ['CLIP-L']),
-    ...(clipG ? [] : ['CLIP-G']),
-    ...(t5 ? [] : ['T5']),
-  ];
+  const missing = [...(clipL ? [] : ['CLIP-L']), ...(clipG ? [] : ['CLIP-G']), ...(t5 ? [] : ['T5'])];
   return missing.map((name) => `The model has no ${name} text encoder; pictures follow the prompt less closely.`);
 }
 
@@ -205,7 +201,8 @@ async function conditioningOf(
   const { contextWidth, pooledWidth } = transformer.config;
   const encoders: Encoders = { clipL, clipG, t5, contextWidth, pooledWidth };
   const tokenOptions = { syntax: options.promptSyntax, longPrompt: options.longPrompt, t5Tokens: options.t5Tokens };
-  const encode = (tokens: ReturnType<typeof tokenizePrompt>) => encodePrompt(tokens, encoders, { signal: options.signal });
+  const encode = (tokens: ReturnType<typeof tokenizePrompt>) =>
+    encodePrompt(tokens, encoders, { signal: options.signal });
   const positiveTokens = tokenizePrompt(options.prompt, textEncoders, tokenOptions);
   const positive = await encode(positiveTokens);
   if (options.cfg === 1) return { warnings: [...positiveTokens.warnings], positive, negative: positive };
@@ -254,7 +251,12 @@ export function velocityModel(transformer: Transformer, positive: Conditioning, 
       'positive-skipping-layers': { ...positive, skipLayers },
     };
     const timesteps = new Float32Array(latent.shape[0]!).fill(timestep(sigma));
-    return transformer.velocities(latent, timesteps, passes.map((pass) => of[pass]), { signal });
+    return transformer.velocities(
+      latent,
+      timesteps,
+      passes.map((pass) => of[pass]),
+      { signal },
+    );
   };
 }
 
@@ -350,7 +352,11 @@ function keepUnmasked(image: RgbImage, original: RgbImage, mask: FloatTensor): R
 
 function maskImage(mask: FloatTensor): RgbImage {
   const [, , height, width] = mask.shape as [number, number, number, number];
-  return { width, height, data: Uint8Array.from({ length: 3 * width * height }, (_, i) => 255 * mask.data[Math.floor(i / 3)]!) };
+  return {
+    width,
+    height,
+    data: Uint8Array.from({ length: 3 * width * height }, (_, i) => 255 * mask.data[Math.floor(i / 3)]!),
+  };
 }
 
 /** A failure of the numbers, with the weight that causes it if the file has one that is not finite. */

@@ -16,6 +16,7 @@ import {
   leaves,
   matmul,
   matmulTransposed,
+  mean,
   type OnnxModel,
   type OnnxOptions,
   OUTPUT_PREFIX,
@@ -23,7 +24,6 @@ import {
   reshape,
   softmax,
   subtract,
-  sum,
   type Tensor,
   type TensorData,
   type TypedArray,
@@ -76,20 +76,23 @@ export interface Runtime {
   compile(program: Program, options: CompileOptions): Promise<Executable>;
 }
 
+/** What a program needs of ONNX Runtime's session. */
+export type Session = Pick<InferenceSession, 'run' | 'release' | 'endProfiling'>;
+
 /** What differs between Node and the browser. */
 export interface Engine {
   readonly device: Device;
   readonly Tensor: TensorConstructor;
   /** What the device needs, in a sentence that ends the message when it cannot be used. */
   readonly remedy: string;
-  createSession(model: OnnxModel, options: CompileOptions): Promise<InferenceSession>;
+  createSession(model: OnnxModel, options: CompileOptions): Promise<Session>;
 }
 
 /** A runtime on an ONNX Runtime binding. */
 export function createRuntime(engine: Engine): Runtime {
   let tried: Promise<{ fusedAttention: boolean }> | undefined;
   const tryOnce = () => {
-    tried ??= engine.device === 'cpu' ? Promise.resolve({ fusedAttention: true }) : tryDevice(engine);
+    tried ??= tryDevice(engine);
     return tried;
   };
   return {
@@ -118,8 +121,8 @@ async function compile(
 /** Tokens of the trial: the flash attention kernel of ONNX Runtime's WebGPU starts at 32 queries. */
 const TRIAL_TOKENS = 40;
 const TRIAL_WIDTH = 8;
-/** Float32 attention is right to about 1e-6 and the fault seen (see {@link tryDevice}) is above 1e-2. */
-const TRIAL_TOLERANCE = 1e-3;
+/** Mean error: above 0.012 with the fault (see {@link tryDevice}), below 1e-3 even where a GPU rounds products to TF32. */
+const TRIAL_TOLERANCE = 3e-3;
 
 /**
  * Runs a small program, which tells a missing device from a faulty model, and a device's attention from its
@@ -136,7 +139,7 @@ async function tryDevice(engine: Engine): Promise<{ fusedAttention: boolean }> {
   try {
     const program = await compile(
       engine,
-      { outputs: { error: sum(absolute(difference)) } },
+      { outputs: { error: mean(absolute(difference)) } },
       { bind: () => 'input' },
       {},
     );
@@ -157,7 +160,7 @@ export function unavailable(device: Device, remedy: string, cause?: unknown): Mm
 
 function executable(
   { Tensor }: Engine,
-  session: InferenceSession,
+  session: Session,
   inputs: readonly Tensor[],
   { profile }: CompileOptions,
 ): Executable {

@@ -76,7 +76,12 @@ function inputGradient(output: Tensor, upstream: Tensor, x: Tensor, kernel: Tens
     if (typeof rest !== 'number') misfit('Conv', 'the size must be a multiple of the stride', x, kernel);
     return rest;
   };
-  const gaps = ([[2, top + bottom], [3, left + right]] as [number, number][]).map(missing);
+  const gaps = (
+    [
+      [2, top + bottom],
+      [3, left + right],
+    ] as [number, number][]
+  ).map(missing);
   return record(CONVOLUTION_TRANSPOSED, [upstream, kernel], x.shape, {
     attributes: {
       kernel_shape: [side, side],

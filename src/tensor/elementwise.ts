@@ -1,6 +1,6 @@
 /** Arithmetic and functions of single elements. Binary operations broadcast by numpy's rule. */
 
-import { sameDimension, type Shape } from './dimension.ts';
+import { type Shape, sameDimension } from './dimension.ts';
 import { reshape } from './layout.ts';
 import { sum } from './reduction.ts';
 import { broadcastShape, type Operation, record, requireSameType, scalar, type Tensor } from './tensor.ts';

@@ -2,7 +2,7 @@
 
 import { shapeText } from './dimension.ts';
 import { add } from './elementwise.ts';
-import { misfit, scalar, ShapeError, type Tensor } from './tensor.ts';
+import { misfit, ShapeError, scalar, type Tensor } from './tensor.ts';
 
 /** The tensors a result is computed from, each after its inputs. */
 export function inOrder(outputs: readonly Tensor[]): Tensor[] {

@@ -68,4 +68,3 @@ export function matmul(a: Tensor, b: Tensor): Tensor {
 export function matmulTransposed(a: Tensor, b: Tensor): Tensor {
   return matmul(a, swapLast(b));
 }
-

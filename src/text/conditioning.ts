@@ -6,7 +6,7 @@
 import { MmditxError } from '../errors.ts';
 import type { ClipEncoder, T5Encoder } from '../models/text-encoders.ts';
 import type { RunOptions } from '../runtime/runtime.ts';
-import { floats, type FloatTensor, type TensorData } from '../tensor/data.ts';
+import { type FloatTensor, floats, type TensorData } from '../tensor/data.ts';
 import { applyTokenWeights, type EncoderTokens, isWeighted, type PromptTokens } from './tokens.ts';
 
 /** A prompt as the transformer takes it. */
@@ -60,7 +60,8 @@ export async function encodePrompt(
   // Columns of a missing CLIP stay zero, as do those beyond both.
   if (length) parts.push(sideBySide(length, contextWidth, [clipL?.hidden, 0], [clipG?.hidden, widthL]));
   if (t5) parts.push(t5.hidden);
-  else if (typeof missingT5 === 'number') parts.push(floats([1, missingT5, contextWidth], new Float32Array(missingT5 * contextWidth)));
+  else if (typeof missingT5 === 'number')
+    parts.push(floats([1, missingT5, contextWidth], new Float32Array(missingT5 * contextWidth)));
   if (parts.length === 0) {
     throw new MmditxError('missing-part', 'The model has no text encoder; add files with CLIP-L, CLIP-G or T5.');
   }
@@ -76,7 +77,12 @@ function clipWidths({ clipL, clipG, pooledWidth }: Encoders): [number, number] {
   return [clipL?.config.width ?? pooledWidth - widthG, widthG];
 }
 
-async function encodeClip(name: string, tokens: EncoderTokens, encoder: ClipEncoder, run: RunOptions): Promise<Encoded> {
+async function encodeClip(
+  name: string,
+  tokens: EncoderTokens,
+  encoder: ClipEncoder,
+  run: RunOptions,
+): Promise<Encoded> {
   const weighted = isWeighted(tokens);
   const rows = weighted ? [...tokens.rows.map(({ ids }) => ids), tokens.empty] : tokens.rows.map(({ ids }) => ids);
   const { hidden, pooled } = await encoder.encode(idsTensor(rows), run);
@@ -148,6 +154,9 @@ function joinTokens(parts: readonly FloatTensor[]): FloatTensor {
 
 function requireFinite(name: string, { data }: FloatTensor): void {
   if (!Number.isFinite(data.reduce((sum, value) => sum + value, 0))) {
-    throw new MmditxError('not-finite', `The ${name} text encoder gives values that are not finite; check its weights.`);
+    throw new MmditxError(
+      'not-finite',
+      `The ${name} text encoder gives values that are not finite; check its weights.`,
+    );
   }
 }

@@ -1,7 +1,7 @@
 /** Initial values of weights, by the names and shapes the networks ask for. */
 
-import { elementCount, floats, type FloatTensor } from '../tensor/data.ts';
 import type { TransformerConfig } from '../models/config.ts';
+import { elementCount, type FloatTensor, floats } from '../tensor/data.ts';
 
 /** Draws `count` standard normal numbers. */
 export type NormalSource = (count: number) => Float32Array;

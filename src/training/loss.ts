@@ -1,7 +1,7 @@
 /** Losses as tensor programs. */
 
-import { type TransformerConfig, TIMESTEP_SCALE, type VaeConfig, vaeDownscale } from '../models/config.ts';
-import { mmditx, timestepEmbedding, type TransformerInputs, transformerInputs } from '../models/mmditx.ts';
+import { TIMESTEP_SCALE, type TransformerConfig, type VaeConfig, vaeDownscale } from '../models/config.ts';
+import { mmditx, type TransformerInputs, timestepEmbedding, transformerInputs } from '../models/mmditx.ts';
 import { decode, encodeMoments, imageInput } from '../models/vae.ts';
 import type { Weights } from '../models/weights.ts';
 import * as t from '../tensor/index.ts';

@@ -39,8 +39,7 @@ export async function runStage(options: StageOptions): Promise<void> {
   const { trainer, stateFile, steps, batch, learningRate, seed = 0, saveEvery = 500, onStep, signal } = options;
   await mkdir(dirname(stateFile), { recursive: true });
   const { step: done, random } = await restore(trainer, stateFile, seed);
-  const save = () =>
-    writeSafetensorsFile(stateFile, trainer.state(), { [RANDOM_KEY]: JSON.stringify(random.state()) });
+  const save = () => writeSafetensorsFile(stateFile, trainer.state(), { [RANDOM_KEY]: JSON.stringify(random.state()) });
   for (let step = done; step < steps; step++) {
     if (signal?.aborted) {
       await save();

@@ -5,7 +5,7 @@
 
 import type { Weights } from '../models/weights.ts';
 import type { Runtime } from '../runtime/runtime.ts';
-import { elementCount, floats, type FloatTensor, type TensorData } from '../tensor/data.ts';
+import { elementCount, type FloatTensor, floats, type TensorData } from '../tensor/data.ts';
 import { gradients, leaves, parameter, type Tensor } from '../tensor/index.ts';
 import { type AdamWOptions, adamwStep, globalNorm, type Moments, zeroMoments } from './adamw.ts';
 
@@ -37,8 +37,10 @@ export interface TrainerOptions {
   optimizer?: AdamWOptions;
   /** Largest global norm of the gradients; larger ones are scaled down (default 1). */
   clip?: number;
-  /** Decay of an exponential moving average of the parameters (default none). */
+  /** Decay of an exponential moving average of the parameters at each of its updates (default none). */
   averageDecay?: number;
+  /** Steps between two updates of the average (default 1; SD3's ablations: 100, with a decay of 0.99). */
+  averageEvery?: number;
 }
 
 export interface StepReport {
@@ -63,7 +65,7 @@ export interface Trainer {
 }
 
 export async function createTrainer(runtime: Runtime, options: TrainerOptions): Promise<Trainer> {
-  const { loss, metrics = {}, values, frozen = () => false, optimizer, clip = 1, averageDecay } = options;
+  const { loss, metrics = {}, values, frozen = () => false, optimizer, clip = 1, averageDecay, averageEvery = 1 } = options;
   const all = leaves({ outputs: { loss } }).parameters;
   const missing = all.find(({ name }) => !values.has(name!));
   if (missing) throw new RangeError(`The parameter ${missing.name} has no initial value.`);
@@ -74,9 +76,7 @@ export async function createTrainer(runtime: Runtime, options: TrainerOptions): 
   const executable = await runtime.compile({ outputs }, { bind: () => 'input' });
 
   const moments = new Map<string, Moments>(names.map((name) => [name, zeroMoments(values.get(name)!.data.length)]));
-  const average: Parameters = averageDecay
-    ? new Map(names.map((name) => [name, copyOf(values.get(name)!)]))
-    : values;
+  const average: Parameters = averageDecay ? new Map(names.map((name) => [name, copyOf(values.get(name)!)])) : values;
   let steps = 0;
 
   return {
@@ -95,7 +95,10 @@ export async function createTrainer(runtime: Runtime, options: TrainerOptions): 
       for (const name of names) {
         const { data } = values.get(name)!;
         adamwStep(data, gradientOf(name), moments.get(name)!, steps, learningRate, optimizer, scale);
-        if (averageDecay) follow(average.get(name)!.data, data, Math.min(averageDecay, (1 + steps) / (10 + steps)));
+        if (averageDecay && steps % averageEvery === 0) {
+          const updates = steps / averageEvery;
+          follow(average.get(name)!.data, data, Math.min(averageDecay, (1 + updates) / (10 + updates)));
+        }
       }
       const reported = Object.fromEntries(Object.keys(metrics).map((name) => [name, scalarOf(name)]));
       return { step: steps, loss: scalarOf('loss'), norm, metrics: reported };

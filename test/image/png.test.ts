@@ -1,4 +1,4 @@
-import { crc32, deflateSync } from 'node:zlib';
+import { deflateSync } from 'node:zlib';
 import sharp from 'sharp';
 import { describe, expect, test } from 'vitest';
 import { MmditxError } from '../../src/errors.ts';
@@ -12,7 +12,16 @@ function noisePicture(width: number, height: number): RgbImage {
   return { width, height, data: Uint8Array.from(random.integers(0, 256, 3 * width * height)) };
 }
 
-/** A chunk made by Node's own CRC, to check ours against. */
+/** CRC-32 bit by bit, to check the one by table against (Node has its own only from 20.15 on). */
+function crc32(bytes: Uint8Array): number {
+  let crc = -1;
+  for (const byte of bytes) {
+    crc ^= byte;
+    for (let bit = 0; bit < 8; bit++) crc = (crc >>> 1) ^ (crc & 1 ? 0xedb88320 : 0);
+  }
+  return ~crc >>> 0;
+}
+
 function chunk(type: string, data: Uint8Array): Buffer {
   const typed = Buffer.concat([Buffer.from(type, 'latin1'), data]);
   const sizes = Buffer.alloc(8);
@@ -54,6 +63,7 @@ describe('pixels', () => {
     ['4-bit palette', () => source().png({ palette: true, colours: 11 })],
     ['1-bit palette', () => source().png({ palette: true, colours: 2 })],
     ['interlaced', () => source().png({ progressive: true })],
+    ['interlaced palette', () => source().png({ progressive: true, palette: true, colours: 200 })],
     ['filtered', () => source().png({ adaptiveFiltering: true })],
     ['with a colour profile', () => source().withIccProfile('srgb').png()],
   ])('reads %s files as sharp does', async (_, make) => {
@@ -72,6 +82,16 @@ describe('pixels', () => {
     expect([...decodePng(png).data]).toEqual([0, 255, 128, 1, 2, 0]);
   });
 
+  test('interlaced 16-bit samples are read, packed ones refused in words', async () => {
+    const raw = Uint16Array.from({ length: 9 * 9 * 3 }, (_, i) => i * 257);
+    const deep = sharp(raw, { raw: { width: 9, height: 9, channels: 3 } }).toColourspace('rgb16');
+    const png = await deep.png({ progressive: true }).toBuffer();
+    expect(png[24]).toBe(16);
+    expect([...decodePng(png).data]).toEqual(Array.from({ length: 243 }, (_, i) => i));
+    const packed = await source().png({ progressive: true, palette: true, colours: 11 }).toBuffer();
+    expect(() => decodePng(packed)).toThrow('save it without interlacing');
+  });
+
   test('transparency shows the background and is returned', async () => {
     const rgba = Buffer.from([10, 20, 30, 255, 200, 100, 0, 0, 100, 100, 100, 128, 1, 2, 3, 255]);
     const png = await sharp(rgba, { raw: { width: 2, height: 2, channels: 4 } })
@@ -84,11 +104,11 @@ describe('pixels', () => {
   });
 
   test('a colour declared transparent is transparent', () => {
-    const png = encodePng({ width: 2, height: 1, data: Uint8Array.of(1, 2, 3, 1, 2, 4) });
+    const png = encodePng({ width: 3, height: 1, data: Uint8Array.of(1, 2, 3, 1, 2, 4, 3, 2, 1) });
     const key = chunk('tRNS', Buffer.from([0, 1, 0, 2, 0, 3]));
     const image = decodePng(Buffer.concat([png.subarray(0, headerEnd), key, png.subarray(headerEnd)]));
-    expect([...image.alpha!]).toEqual([0, 255]);
-    expect([...image.data]).toEqual([255, 255, 255, 1, 2, 4]);
+    expect([...image.alpha!]).toEqual([0, 255, 255]);
+    expect([...image.data]).toEqual([255, 255, 255, 1, 2, 4, 3, 2, 1]);
   });
 
   test('refuses more pixels than allowed before decoding them', () => {
@@ -98,11 +118,9 @@ describe('pixels', () => {
 
   test('stops a file that inflates to more than its header announces', () => {
     const header = encodePng(noisePicture(2, 2)).subarray(0, headerEnd);
-    const bomb = deflateSync(Buffer.alloc(200 * 2 ** 20));
-    const before = process.memoryUsage().arrayBuffers;
+    const bomb = deflateSync(Buffer.alloc(2 ** 24));
     const file = Buffer.concat([header, chunk('IDAT', bomb), chunk('IEND', Buffer.alloc(0))]);
-    expect(() => decodePng(file)).toThrow(expect.objectContaining({ code: 'bad-file' }));
-    expect(process.memoryUsage().arrayBuffers - before).toBeLessThan(64 * 2 ** 20);
+    expect(() => decodePng(file)).toThrow('holds more than the 14 bytes');
   });
 
   test('a file cut anywhere is an error', () => {
@@ -179,7 +197,7 @@ describe('texts', () => {
       'a zlib stream cut short',
       pngWith(chunk('zTXt', Buffer.concat([latin1('k\0\0'), deflateSync(latin1('abcabc')).subarray(0, 7)]))),
     ],
-    ['a wrong CRC', pngWith(chunk('tEXt', latin1('a\0b')).fill(0, -1))],
+    ['a wrong CRC', pngWith(chunk('tEXt', latin1('a\0b')).fill(0, 14))],
     [
       'a text of more than 1 MiB',
       pngWith(chunk('zTXt', Buffer.concat([latin1('k\0\0'), deflateSync(Buffer.alloc(2 ** 20 + 1, 'a'))]))),
@@ -219,7 +237,7 @@ test('600 mutated files are read or refused as bad, quickly', () => {
       ...random.integers(0, 256, 1),
       ...random.integers(1, 5, 1),
     ] as [number, number, number, number];
-    if (kind === 0) file.fill(byte, at, at + count);
+    if (kind === 0) file.fill(byte, at, Math.min(at + count, file.length));
     if (kind === 1) file = Buffer.concat([file.subarray(0, at), file.subarray(at + count)]);
     if (kind === 2) file = Buffer.concat([file.subarray(0, at), file.subarray(at >> 1)]);
     for (const read of [pngText, decodePng]) {

@@ -2,7 +2,7 @@ import { mkdtemp, readdir, rm, truncate } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { OBJECTS } from '../../models/small/data/objects.ts';
+import { ALL_OBJECTS } from '../../models/small/data/objects.ts';
 import {
   compose,
   findPackageFolder,
@@ -50,7 +50,7 @@ describe.skipIf(packageFolder === undefined)('the picture packages (npm ci in mo
   afterAll(() => rm(cacheFolder, { recursive: true, force: true }));
 
   it('have every object in every style', async () => {
-    for (const object of OBJECTS) {
+    for (const object of ALL_OBJECTS) {
       for (const style of STYLES) expect((await source.read(object, style)).length).toBeGreaterThan(100);
     }
   });
@@ -62,7 +62,7 @@ describe.skipIf(packageFolder === undefined)('the picture packages (npm ci in mo
   });
 
   it('are drawn in the middle, with soft edges and a transparent border', async () => {
-    const star = OBJECTS.find(({ name }) => name === 'star')!;
+    const star = ALL_OBJECTS.find(({ name }) => name === 'star')!;
     for (const style of STYLES) {
       const rgba = await renderPicture(source, star, style, 64);
       const alpha = (x: number, y: number) => rgba[(y * 64 + x) * 4 + 3]!;
@@ -78,7 +78,7 @@ describe.skipIf(packageFolder === undefined)('the picture packages (npm ci in mo
   });
 
   it('are rendered once, and again where the cache is cut short', async () => {
-    const objects = OBJECTS.slice(0, 2);
+    const objects = ALL_OBJECTS.slice(0, 2);
     let drawn = 0;
     const options = { size: 32, cacheFolder, objects, onProgress: () => drawn++ };
     const first = await loadPictures(options);

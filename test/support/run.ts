@@ -1,5 +1,5 @@
 import { nodeRuntime } from '../../src/runtime/node.node.ts';
-import { floats, type FloatTensor, input, type Tensor, type TensorData } from '../../src/tensor/index.ts';
+import { type FloatTensor, floats, input, type Tensor, type TensorData } from '../../src/tensor/index.ts';
 
 export const cpu = nodeRuntime({ device: 'cpu', threads: 2 });
 
@@ -33,7 +33,10 @@ export function inputLike(name: string, { dtype, shape }: TensorData): Tensor {
 }
 
 /** Largest absolute difference of two tensors' values; infinite when sizes differ. */
-export function maxDifference(a: { data: ArrayLike<number | bigint> }, b: { data: ArrayLike<number | bigint> }): number {
+export function maxDifference(
+  a: { data: ArrayLike<number | bigint> },
+  b: { data: ArrayLike<number | bigint> },
+): number {
   if (a.data.length !== b.data.length) return Number.POSITIVE_INFINITY;
   let largest = 0;
   for (let i = 0; i < a.data.length; i++) {

@@ -16,9 +16,28 @@ const ids = t.constant({ dtype: 'int32', shape: [2, 3], data: Int32Array.of(0, 2
 /** Every differentiable operation. */
 const cases: Record<string, Case> = {
   add: { shapes: [[2, 3], [3]], build: t.add as Build },
-  subtract: { shapes: [[2, 1], [2, 3]], build: t.subtract as Build },
-  multiply: { shapes: [[2, 3], [1, 3]], build: t.multiply as Build },
-  divide: { shapes: [[2, 3], [2, 1]], build: t.divide as Build, domain: positive },
+  subtract: {
+    shapes: [
+      [2, 1],
+      [2, 3],
+    ],
+    build: t.subtract as Build,
+  },
+  multiply: {
+    shapes: [
+      [2, 3],
+      [1, 3],
+    ],
+    build: t.multiply as Build,
+  },
+  divide: {
+    shapes: [
+      [2, 3],
+      [2, 1],
+    ],
+    build: t.divide as Build,
+    domain: positive,
+  },
   negate: { shapes: [[3]], build: t.negate },
   exponential: { shapes: [[3]], build: t.exponential },
   logarithm: { shapes: [[3]], build: t.logarithm, domain: positive },
@@ -34,7 +53,13 @@ const cases: Record<string, Case> = {
   geluTanh: { shapes: [[4]], build: t.geluTanh },
   reshape: { shapes: [[2, 6]], build: (x) => t.reshape(x!, [3, -1]) },
   transpose: { shapes: [[2, 3, 4]], build: (x) => t.transpose(x!, [2, 0, 1]) },
-  concat: { shapes: [[2, 3], [2, 2]], build: (a, b) => t.concat([a!, b!], 1) },
+  concat: {
+    shapes: [
+      [2, 3],
+      [2, 2],
+    ],
+    build: (a, b) => t.concat([a!, b!], 1),
+  },
   slice: { shapes: [[2, 5]], build: (x) => t.slice(x!, 1, 1, 3) },
   pad: { shapes: [[2, 3]], build: (x) => t.pad(x!, 1, 1, 2) },
   expand: { shapes: [[2, 1, 3]], build: (x) => t.expand(x!, [4, 2, 5, 3]) },
@@ -44,7 +69,13 @@ const cases: Record<string, Case> = {
   mean: { shapes: [[2, 3]], build: (x) => t.mean(x!, [0], { keepAxes: true }) },
   softmax: { shapes: [[2, 4]], build: t.softmax },
   linear: { shapes: [[2, 3, 4], [5, 4], [5]], build: t.linear as Build },
-  matmul: { shapes: [[2, 3, 4], [2, 4, 5]], build: t.matmul },
+  matmul: {
+    shapes: [
+      [2, 3, 4],
+      [2, 4, 5],
+    ],
+    build: t.matmul,
+  },
   layerNorm: { shapes: [[2, 5]], build: (x) => t.layerNorm(x!, 1e-6) },
   rmsNorm: { shapes: [[2, 5], [5]], build: (x, weight) => t.rmsNorm(x!, weight!, 1e-6) },
   groupNorm: { shapes: [[2, 4, 2, 3]], build: (x) => t.groupNorm(x!, 2, 1e-6) },
@@ -52,17 +83,32 @@ const cases: Record<string, Case> = {
     shapes: [[2, 3, 4, 5], [2, 3, 3, 3], [2]],
     build: (x, w, b) => t.convolution(x!, w!, b, { padding: [1, 1, 1, 1] }),
   },
-  'convolution 1x1': { shapes: [[1, 3, 2, 2], [2, 3, 1, 1]], build: (x, w) => t.convolution(x!, w!) },
+  'convolution 1x1': {
+    shapes: [
+      [1, 3, 2, 2],
+      [2, 3, 1, 1],
+    ],
+    build: (x, w) => t.convolution(x!, w!),
+  },
   'convolution with a stride': {
     shapes: [[1, 2, 6, 4], [3, 2, 3, 3], [3]],
     build: (x, w, b) => t.convolution(x!, w!, b, { stride: 2, padding: [0, 0, 1, 1] }),
   },
   attention: {
-    shapes: [[2, 3, 8], [2, 5, 8], [2, 5, 8]],
+    shapes: [
+      [2, 3, 8],
+      [2, 5, 8],
+      [2, 5, 8],
+    ],
     build: (q, k, v) => t.attention(q!, k!, v!, { heads: 2 }),
   },
   'attention with a bias': {
-    shapes: [[1, 3, 8], [1, 3, 8], [1, 3, 8], [1, 2, 3, 3]],
+    shapes: [
+      [1, 3, 8],
+      [1, 3, 8],
+      [1, 3, 8],
+      [1, 2, 3, 3],
+    ],
     build: (q, k, v, bias) => t.attention(q!, k!, v!, { heads: 2, bias: bias!, scale: 1 }),
   },
 };
@@ -94,7 +140,12 @@ describe('gradient rules agree with central differences', () => {
             return Number((await at(values.with(i, t.floats(value.shape, data)))).loss!.data[0]);
           };
           // Fourth order, so that the step can be large against float32's rounding.
-          const [a, b, c, d] = [await lossAt(-2 * step), await lossAt(-step), await lossAt(step), await lossAt(2 * step)];
+          const [a, b, c, d] = [
+            await lossAt(-2 * step),
+            await lossAt(-step),
+            await lossAt(step),
+            await lossAt(2 * step),
+          ];
           const numeric = (a! - 8 * b! + 8 * c! - d!) / (12 * step);
           expect(Number(gradient.data[element]), `input ${i}, element ${element}`).toBeCloseTo(numeric, 2.5);
         }

@@ -1,9 +1,9 @@
 import { describe, expect, it } from 'vitest';
+import { centreCorner } from '../../src/models/mmditx.ts';
+import { elementCount, type FloatTensor, floats, gradients, leaves, toFloat32 } from '../../src/tensor/index.ts';
 import { adamwStep, globalNorm, zeroMoments } from '../../src/training/adamw.ts';
 import { timestepInput, velocityLoss } from '../../src/training/loss.ts';
-import { createTrainer, parameterInputs, type Parameters, trainableWeights } from '../../src/training/trainer.ts';
-import { centreCorner } from '../../src/models/mmditx.ts';
-import { elementCount, floats, type FloatTensor, gradients, leaves, toFloat32 } from '../../src/tensor/index.ts';
+import { createTrainer, type Parameters, parameterInputs, trainableWeights } from '../../src/training/trainer.ts';
 import { readWeight } from '../../src/weights/checkpoint.ts';
 import { golden, readGolden } from '../support/golden.ts';
 import { goldenCheckpoint } from '../support/models.ts';
@@ -15,7 +15,8 @@ const get = (name: string) => golden(tensors, name) as FloatTensor;
 
 async function initialParameters(): Promise<Parameters> {
   const values: Parameters = new Map();
-  for (const [name, tensor] of stored) values.set(name, floats(tensor.shape, toFloat32(await readWeight(tensor)).slice()));
+  for (const [name, tensor] of stored)
+    values.set(name, floats(tensor.shape, toFloat32(await readWeight(tensor)).slice()));
   return values;
 }
 
@@ -45,7 +46,10 @@ describe('training agrees with the reference implementation', () => {
     const outputs = Object.fromEntries(gradients(loss, parameters).map((gradient, i) => [names[i]!, gradient]));
     const executable = await cpu.compile({ outputs: { loss, ...outputs } }, { bind: () => 'input' });
     const values = await initialParameters();
-    const results = await executable.run({ ...batchOf(0), ...parameterInputs(leaves({ outputs: { loss } }).parameters, values) });
+    const results = await executable.run({
+      ...batchOf(0),
+      ...parameterInputs(leaves({ outputs: { loss } }).parameters, values),
+    });
     const expected = Number(get('step0.loss').data[0]);
     expect(Math.abs(Number(results.loss!.data[0]) / expected - 1)).toBeLessThan(1e-5);
 

@@ -24,15 +24,15 @@ export function isHeldOut(object: PictureObject, style: Style): boolean {
   return HELD_OUT[style].includes(object.name);
 }
 
-/** Indices into `OBJECTS` and `STYLES`. */
+/** Indices into the list of objects (`OBJECTS`) and `STYLES`. */
 export interface Pair {
   readonly objectIndex: number;
   readonly styleIndex: number;
 }
 
 /** Every pair that training may see, in order of objects, then styles. */
-export function trainingPairs(): Pair[] {
-  return OBJECTS.flatMap((object, objectIndex) =>
+export function trainingPairs(objects: readonly PictureObject[] = OBJECTS): Pair[] {
+  return objects.flatMap((object, objectIndex) =>
     STYLES.flatMap((style, styleIndex) => (isHeldOut(object, style) ? [] : [{ objectIndex, styleIndex }])),
   );
 }

@@ -1,0 +1,59 @@
+/** Puts the trained parts into one file in the official layout, in half precision, with tokenizers and settings. */
+
+import { join } from 'node:path';
+import type { DefaultOverrides } from '../../src/pipeline/defaults.ts';
+import { DEFAULTS_KEY } from '../../src/pipeline/defaults.ts';
+import { type TensorData, toFloat16, toFloat32 } from '../../src/tensor/data.ts';
+import { positionTable } from '../../src/training/initial.ts';
+import { writeSafetensorsFile } from '../../src/weights/files.node.ts';
+import { CLIP_TOKENIZER_KEY, configMetadata, T5_TOKENIZER_KEY } from '../../src/weights/metadata.ts';
+import { prepareTexts } from './captions-to-ids.ts';
+import { TRANSFORMER, VAE } from './configs.ts';
+import { readAll, VAE_FILE, VAE_PREFIX } from './latents.ts';
+import { CACHE, MODEL_FILE } from './paths.ts';
+import { GRID, PREFIXES, type Stage, stateFile } from './train-transformer.ts';
+import { DECODER_STAGE } from './train-vae.ts';
+
+/** What a newcomer gets without any option: the size the model was trained at, in seconds on two cores. */
+const DEFAULTS: DefaultOverrides = {
+  width: 128,
+  height: 128,
+  steps: 28,
+  cfg: 4,
+  skipLayers: [2],
+};
+
+/**
+ * Writes the model file.
+ * @param stage the transformer stage whose averaged weights are taken
+ * @param path default: where the package ships it
+ */
+export async function finishModel(stage: Stage, path = MODEL_FILE): Promise<void> {
+  const texts = prepareTexts();
+  const tensors = new Map<string, TensorData>();
+  const put = (name: string, tensor: TensorData) =>
+    tensors.set(name, { dtype: 'float16', shape: tensor.shape, data: toFloat16(toFloat32(tensor)) });
+
+  put(`${PREFIXES.transformer}.pos_embed`, positionTable(TRANSFORMER, GRID));
+  for (const [name, tensor] of await averages(stateFile(stage))) put(name, tensor);
+  for (const [name, tensor] of await readAll(VAE_FILE)) put(name, tensor);
+  const decoder = await averages(join(CACHE, `${DECODER_STAGE.name}.state.safetensors`)).catch(() => new Map());
+  for (const [name, tensor] of decoder) put(`${VAE_PREFIX}${name}`, tensor);
+
+  await writeSafetensorsFile(path, tensors, {
+    format: 'pt',
+    ...configMetadata({ transformer: TRANSFORMER, vae: VAE, clipL: texts.clipL, clipG: texts.clipG, t5: texts.t5 }),
+    [DEFAULTS_KEY]: JSON.stringify(DEFAULTS),
+    [CLIP_TOKENIZER_KEY]: texts.tokenizers.clip,
+    [T5_TOKENIZER_KEY]: texts.tokenizers.t5,
+  });
+}
+
+/** The averaged parameters in a training state. */
+async function averages(path: string): Promise<Map<string, TensorData>> {
+  const prefix = 'average.';
+  const state = await readAll(path);
+  return new Map(
+    [...state].flatMap(([key, tensor]) => (key.startsWith(prefix) ? [[key.slice(prefix.length), tensor]] : [])),
+  );
+}
