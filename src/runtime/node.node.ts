@@ -4,7 +4,15 @@ import { availableParallelism } from 'node:os';
 import { dirname } from 'node:path';
 import { InferenceSession, listSupportedBackends, Tensor } from 'onnxruntime-node';
 import { MmditxError } from '../errors.ts';
-import { type CompileOptions, createRuntime, DEVICES, type Device, type Runtime, unavailable } from './runtime.ts';
+import {
+  type CompileOptions,
+  createRuntime,
+  DEVICES,
+  type Device,
+  type Runtime,
+  unavailable,
+  webgpuProvider,
+} from './runtime.ts';
 
 export interface NodeRuntimeOptions {
   /** Default `cpu`: a graphics device cannot be told from one that imitates it in software before it has been slow. */
@@ -61,7 +69,7 @@ function sessionOptions(
   const [folder] = folders;
   const inMemory = (compile.files ?? []).flatMap(({ name, bytes }) => (bytes ? [{ path: name, data: bytes }] : []));
   return {
-    executionProviders: device === 'cpu' ? ['cpu'] : [executionProvider(device, lookups), 'cpu'],
+    executionProviders: device === 'cpu' ? ['cpu'] : [device === 'webgpu' ? webgpuProvider(lookups) : device, 'cpu'],
     graphOptimizationLevel: 'all',
     intraOpNumThreads: threads,
     interOpNumThreads: 1,
@@ -70,9 +78,4 @@ function sessionOptions(
     ...(compile.profile ? { enableProfiling: true, profileFilePrefix: compile.profile } : {}),
     extra: folder ? { session: { model_external_initializers_file_folder_path: folder } } : {},
   };
-}
-
-function executionProvider(device: Device, lookups: readonly string[]): InferenceSession.ExecutionProviderConfig {
-  // Tables of embeddings and positions stay in main memory; besides, they are float16, which some adapters lack.
-  return device === 'webgpu' && lookups.length > 0 ? { name: device, forceCpuNodeNames: lookups } : device;
 }

@@ -10,6 +10,7 @@ import {
   add,
   attention,
   type Binding,
+  type Dimension,
   type DType,
   floats,
   input,
@@ -22,6 +23,7 @@ import {
   OUTPUT_PREFIX,
   type Program,
   reshape,
+  shapeText,
   softmax,
   subtract,
   type Tensor,
@@ -154,6 +156,15 @@ async function tryDevice(engine: Engine): Promise<{ fusedAttention: boolean }> {
   }
 }
 
+/**
+ * WebGPU with a program's look-ups left to the processor: the tables of embeddings and positions are larger than all
+ * that is read of them, and float16, which a shader cannot read on every adapter.
+ */
+export function webgpuProvider(lookups: readonly string[]): InferenceSession.WebGpuExecutionProviderOption {
+  // ONNX Runtime refuses an empty list.
+  return { name: 'webgpu', ...(lookups.length > 0 && { forceCpuNodeNames: lookups }) };
+}
+
 export function unavailable(device: Device, remedy: string, cause?: unknown): MmditxError {
   return new MmditxError('device-unavailable', `Device "${device}" cannot be used here. ${remedy}`, { cause });
 }
@@ -172,10 +183,11 @@ function executable(
       signal?.throwIfAborted();
       if (disposed) throw new MmditxError('bad-option', 'This model has been disposed of; load it again.');
       const feeds: Record<string, OrtTensor> = {};
+      const symbols = new Map<string, number>();
       for (const [name, tensor] of expected) {
         const value = values[name];
         if (!value) throw new MmditxError('bad-option', `The program needs a value for its input "${name}".`);
-        checkFits(name, tensor, value);
+        checkFits(name, tensor, value, symbols);
         feeds[name] = toOrt(Tensor, value);
       }
       const run = session.run(feeds);
@@ -198,18 +210,31 @@ function executable(
   };
 }
 
-function checkFits(name: string, tensor: Tensor, value: TensorData): void {
+/** @param symbols sizes that inputs before this one have given to symbolic dimensions */
+function checkFits(name: string, tensor: Tensor, value: TensorData, symbols: Map<string, number>): void {
   const fits =
     value.dtype === tensor.dtype &&
     value.shape.length === tensor.shape.length &&
-    tensor.shape.every((size, axis) => typeof size !== 'number' || size === value.shape[axis]);
-  if (!fits) {
-    const wanted = tensor.shape.map((size) => (typeof size === 'number' ? size : '*')).join('x');
-    throw new MmditxError(
-      'bad-option',
-      `Input "${name}" is ${value.dtype} ${value.shape.join('x')}; the program takes ${tensor.dtype} ${wanted}.`,
-    );
-  }
+    tensor.shape.every((dimension, axis) => sizeFits(dimension, value.shape[axis]!, symbols));
+  if (fits) return;
+  const given = tensor.shape.flatMap((dimension) => (typeof dimension === 'number' ? [] : [...dimension.terms.keys()]));
+  const known = [...new Set(given)].filter((symbol) => symbols.has(symbol));
+  const where =
+    known.length > 0 ? `, where ${known.map((symbol) => `${symbol} is ${symbols.get(symbol)}`).join(', ')}` : '';
+  throw new MmditxError(
+    'bad-option',
+    `Input "${name}" is ${value.dtype} ${shapeText(value.shape)}; ` +
+      `the program takes ${tensor.dtype} ${shapeText(tensor.shape)}${where}.`,
+  );
+}
+
+/** Whether a size is what the program says; a multiple of one symbol says what the symbol is, sums are trusted. */
+function sizeFits(dimension: Dimension, size: number, symbols: Map<string, number>): boolean {
+  if (typeof dimension === 'number') return dimension === size;
+  const [[symbol, factor], ...more] = [...dimension.terms] as [[string, number], ...unknown[]];
+  if (more.length > 0 || symbol.includes('*')) return true;
+  if (!symbols.has(symbol) && size % factor === 0) symbols.set(symbol, size / factor);
+  return symbols.get(symbol)! * factor === size;
 }
 
 function toOrt(Tensor: TensorConstructor, { dtype, shape, data }: TensorData): OrtTensor {

@@ -1,7 +1,7 @@
 /** Running programs in a browser, with onnxruntime-web: WebAssembly on the processor, or WebGPU. */
 
 import type { Env, InferenceSession } from 'onnxruntime-common';
-import { createRuntime, type Runtime, unavailable } from './runtime.ts';
+import { createRuntime, type Runtime, unavailable, webgpuProvider } from './runtime.ts';
 
 export interface WebRuntimeOptions {
   /** Default: `webgpu` where the browser has a graphics device that works and is not imitated in software, else `cpu`. */
@@ -50,8 +50,7 @@ async function start(device: 'cpu' | 'webgpu', { threads, wasmPaths }: WebRuntim
     async createSession({ bytes, lookups }, { files = [] }) {
       const session = await inTurn(() =>
         ort.InferenceSession.create(bytes, {
-          // Tables of embeddings and positions stay in main memory; besides, they are float16, which some adapters lack.
-          executionProviders: device === 'webgpu' ? [{ name: 'webgpu', forceCpuNodeNames: lookups }, 'wasm'] : ['wasm'],
+          executionProviders: device === 'webgpu' ? [webgpuProvider(lookups), 'wasm'] : ['wasm'],
           graphOptimizationLevel: 'all',
           logSeverityLevel: 3,
           externalData: files.flatMap(({ name, bytes }) => (bytes ? [{ path: name, data: bytes }] : [])),

@@ -1,12 +1,12 @@
 /** Multi-head scaled dot-product attention. */
 
-import { type Dimension, sameDimension } from './dimension.ts';
+import { type Dimension, sameDimension, sameShape } from './dimension.ts';
 import { add, multiply, subtract } from './elementwise.ts';
 import { reshape, transpose } from './layout.ts';
 import { matmul, matmulTransposed } from './linear.ts';
 import type { OnnxWriter } from './onnx.ts';
 import { softmax, sum } from './reduction.ts';
-import { misfit, type Operation, record, type Tensor } from './tensor.ts';
+import { misfit, type Operation, record, requireSameType, type Tensor } from './tensor.ts';
 
 export interface AttentionOptions {
   heads: number;
@@ -87,6 +87,7 @@ function writePlain(
 /** softmax(q k^T * scale + bias) v, each head apart: q [B,T,heads*d], k and v [B,S,heads*d]; gives [B,T,heads*d]. */
 export function attention(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions): Tensor {
   const { heads, bias } = options;
+  requireSameType('Attention', query, key, value, ...(bias ? [bias] : []));
   const width = query.shape.at(-1);
   const fits =
     [query, key, value].every(({ shape }) => shape.length === 3 && sameDimension(shape[0]!, query.shape[0]!)) &&
@@ -97,8 +98,20 @@ export function attention(query: Tensor, key: Tensor, value: Tensor, options: At
     sameDimension(key.shape[1]!, value.shape[1]!);
   if (!fits)
     misfit('Attention', `needs [batch, tokens, width] with a width that ${heads} heads divide`, query, key, value);
+  if (bias) requireBias(query, key, bias, heads);
   const scale = options.scale ?? 1 / Math.sqrt((width as number) / heads);
   return record(ATTENTION, bias ? [query, key, value, bias] : [query, key, value], query.shape, {
     attributes: { num_heads: heads, scale },
   });
+}
+
+function requireBias(query: Tensor, key: Tensor, bias: Tensor, heads: number): void {
+  const [batch, queries, keys] = [query.shape[0]!, query.shape[1]!, key.shape[1]!];
+  const [first, second, ...rest] = bias.shape;
+  const fits =
+    bias.shape.length === 4 &&
+    (first === 1 || sameDimension(first!, batch)) &&
+    (second === 1 || second === heads) &&
+    sameShape(rest, [queries, keys]);
+  if (!fits) misfit('Attention', `needs a bias [1 or batch, 1 or ${heads}, queries, keys]`, query, key, bias);
 }

@@ -4,7 +4,7 @@ import { type Dimension, dividedBy, plus, times } from './dimension.ts';
 import { concat, pad, reshape, slice, transpose } from './layout.ts';
 import { matmulTransposed } from './linear.ts';
 import { sum } from './reduction.ts';
-import { misfit, type Operation, record, requireSameType, type Tensor } from './tensor.ts';
+import { misfit, type Operation, record, requireSameType, requireVector, type Tensor } from './tensor.ts';
 
 export interface ConvolutionOptions {
   /** Step between outputs (default 1). */
@@ -33,6 +33,7 @@ export function convolution(x: Tensor, kernel: Tensor, bias?: Tensor, options: C
   if (x.shape.length !== 4 || kernel.shape.length !== 4 || channels !== input) {
     misfit('Conv', 'the image must have as many channels as the kernel', x, kernel);
   }
+  if (bias) requireVector('Conv', bias, out, kernel);
   const steps = (size: Dimension, before: number, after: number): Dimension => {
     const count = dividedBy(plus(size, before + after - side), stride);
     if (count === undefined) misfit('Conv', `a stride of ${stride} does not fit the size`, x, kernel);

@@ -13,7 +13,16 @@ import {
   volume,
 } from './dimension.ts';
 import { sum } from './reduction.ts';
-import { broadcastShape, constant, misfit, normalAxis, type Operation, record, type Tensor } from './tensor.ts';
+import {
+  broadcastShape,
+  constant,
+  misfit,
+  normalAxis,
+  type Operation,
+  record,
+  ShapeError,
+  type Tensor,
+} from './tensor.ts';
 
 const RESHAPE: Operation = {
   name: 'Reshape',
@@ -71,7 +80,8 @@ const CONCAT: Operation = {
 };
 /** Tensors joined along an axis. */
 export function concat(parts: readonly Tensor[], axis: number): Tensor {
-  const first = parts[0]!;
+  const [first] = parts;
+  if (!first) throw new ShapeError('Concat: there is nothing to join.');
   const at = normalAxis('Concat', first, axis);
   for (const part of parts) {
     const fits =
@@ -181,7 +191,7 @@ const CROP: Operation = {
 };
 /** A piece of the leading axes whose corner (int64, one entry for each) is known only when the program runs. Not differentiable. */
 export function crop(x: Tensor, corner: Tensor, sizes: Shape): Tensor {
-  if (corner.dtype !== 'int64' || corner.shape.length !== 1 || corner.shape[0] !== sizes.length) {
+  if (corner.dtype !== 'int64' || !sameShape(corner.shape, [sizes.length]) || sizes.length > x.shape.length) {
     misfit('Crop', 'the corner needs one int64 for each cropped axis', x, corner);
   }
   if (x.operation === CAST) return cast(crop(x.inputs[0]!, corner, sizes), x.dtype);
@@ -209,6 +219,7 @@ const GATHER: Operation = {
 /** Rows of a table `[rows, ...]` by ids (int32 or int64) of any shape: the result is `[...ids, ...]`. */
 export function gather(table: Tensor, ids: Tensor): Tensor {
   if (ids.dtype !== 'int64' && ids.dtype !== 'int32') misfit('Gather', 'ids must be integers', table, ids);
+  if (table.shape.length === 0) misfit('Gather', 'a table needs rows', table, ids);
   // Converting the few rows that are looked up beats converting the table.
   if (table.operation === CAST) return cast(gather(table.inputs[0]!, ids), table.dtype);
   return record(GATHER, [table, ids], [...ids.shape, ...table.shape.slice(1)], { attributes: { axis: 0 } });

@@ -3,7 +3,7 @@
 import { type Dimension, sameDimension, volume } from './dimension.ts';
 import { reshape, transpose } from './layout.ts';
 import { sum } from './reduction.ts';
-import { misfit, type Operation, record, requireSameType, type Tensor } from './tensor.ts';
+import { misfit, type Operation, record, requireSameType, requireVector, type Tensor } from './tensor.ts';
 
 const GEMM: Operation = {
   name: 'Gemm',
@@ -32,9 +32,7 @@ export function linear(x: Tensor, weight: Tensor, bias?: Tensor): Tensor {
   if (weight.shape.length !== 2 || !sameDimension(x.shape.at(-1)!, width!)) {
     misfit('Linear', 'the last axis of x must be the second of the weight', x, weight);
   }
-  if (bias && (bias.shape.length !== 1 || !sameDimension(bias.shape[0]!, out!))) {
-    misfit('Linear', 'the bias must have one entry for each row of the weight', weight, bias);
-  }
+  if (bias) requireVector('Linear', bias, out!, weight);
   const leading = x.shape.slice(0, -1);
   const flat = reshape(x, [volume(leading), width!]);
   return reshape(gemm(flat, weight, false, true, bias), [...leading, out!]);

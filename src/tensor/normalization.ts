@@ -4,7 +4,7 @@ import { type Dimension, exactQuotient, times } from './dimension.ts';
 import { add, divide, multiply, square, squareRoot, subtract } from './elementwise.ts';
 import { reshape } from './layout.ts';
 import { mean, sum } from './reduction.ts';
-import { constant, misfit, type Operation, record, type Tensor } from './tensor.ts';
+import { constant, misfit, type Operation, record, requireVector, type Tensor } from './tensor.ts';
 
 /** 1 / sqrt(variance + eps) over the last axis, for gradients. */
 function inverseDeviation(x: Tensor, eps: number): Tensor {
@@ -49,9 +49,8 @@ const RMS_NORM: Operation = {
 };
 /** x / sqrt(mean(x^2) + eps) * weight over the last axis; `weight` has its size. */
 export function rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
-  if (weight.shape.length !== 1 || weight.shape[0] !== x.shape.at(-1)) {
-    misfit('RmsNorm', 'the weight must have the size of the last axis', x, weight);
-  }
+  if (x.shape.length === 0) misfit('RmsNorm', 'there is no axis to normalise over', x);
+  requireVector('RmsNorm', weight, x.shape.at(-1)!, x);
   return record(RMS_NORM, [x, weight], x.shape, { attributes: { axis: -1, epsilon: eps } });
 }
 
@@ -64,9 +63,10 @@ const INSTANCE_NORM: Operation = {
 };
 /** Normalises channel groups of an image [B,C,H,W] over (C/groups, H, W), without learned scale. */
 export function groupNorm(x: Tensor, groups: number, eps: number): Tensor {
+  if (x.shape.length !== 4) misfit('GroupNorm', 'needs [batch, channels, height, width]', x);
   const [batch, channels, height, width] = x.shape as [Dimension, Dimension, Dimension, Dimension];
   const perGroup = exactQuotient(channels, groups);
-  if (x.shape.length !== 4 || perGroup === undefined) misfit('GroupNorm', `needs channels in ${groups} groups`, x);
+  if (perGroup === undefined) misfit('GroupNorm', `needs channels in ${groups} groups`, x);
   const grouped = reshape(x, [batch, groups, times(perGroup, height, width)]);
   const ones = constant({ dtype: x.dtype, shape: [groups], data: new Float32Array(groups).fill(1) });
   const zeros = constant({ dtype: x.dtype, shape: [groups], data: new Float32Array(groups) });

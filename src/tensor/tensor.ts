@@ -4,7 +4,7 @@
  */
 
 import type { DType, TensorData, TypedArray } from './data.ts';
-import { type Dimension, type Shape, sameDimension, shapeText } from './dimension.ts';
+import { type Dimension, dimensionText, type Shape, sameDimension, shapeText } from './dimension.ts';
 import type { OnnxWriter } from './onnx.ts';
 
 export type AttributeValue = number | string | readonly number[] | Shape;
@@ -99,6 +99,14 @@ export function misfit(operation: string, why: string, ...operands: readonly Ten
 export function requireSameType(operation: string, ...operands: readonly Tensor[]): void {
   if (operands.some(({ dtype }) => dtype !== operands[0]!.dtype)) {
     misfit(operation, 'operands have different element types', ...operands);
+  }
+}
+
+/** Throws unless a bias or scale is a vector of a size and has the element type of the operand it belongs to. */
+export function requireVector(operation: string, vector: Tensor, size: Dimension, operand: Tensor): void {
+  requireSameType(operation, operand, vector);
+  if (vector.shape.length !== 1 || !sameDimension(vector.shape[0]!, size)) {
+    misfit(operation, `needs a vector of ${dimensionText(size)}`, operand, vector);
   }
 }
 

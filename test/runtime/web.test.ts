@@ -2,14 +2,13 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import type { WebRuntimeOptions } from '../../src/runtime/web.ts';
 import { type BrowserPage, browserNote, browserPath, openPage } from '../support/browser.ts';
 import type { runInPage } from '../support/page.ts';
-import { boundWeights, runSmall, training } from '../support/programs.ts';
+import { runSmall, smallPrograms } from '../support/programs.ts';
 import { cpu, maxDifference } from '../support/run.ts';
 
-const programs = { training, boundWeights };
 /** Float32 sums in another order; the values and gradients compared are of size 0.1 to 10. */
 const TOLERANCE = 1e-5;
 
-function run({ page }: BrowserPage, name: keyof typeof programs, options: WebRuntimeOptions = {}) {
+function run({ page }: BrowserPage, name: keyof typeof smallPrograms, options: WebRuntimeOptions = {}) {
   return page.evaluate(
     ([name, options]) =>
       (globalThis as unknown as { exported: { runInPage: typeof runInPage } }).exported.runInPage(name, options),
@@ -17,11 +16,11 @@ function run({ page }: BrowserPage, name: keyof typeof programs, options: WebRun
   );
 }
 
-async function expectSameAsNode(browser: BrowserPage, name: keyof typeof programs, options: WebRuntimeOptions) {
+async function expectSameAsNode(browser: BrowserPage, name: keyof typeof smallPrograms, options: WebRuntimeOptions) {
   const outcome = await run(browser, name, options);
   if (!('results' in outcome)) throw new Error(outcome.message);
   expect(outcome.device).toBe(options.device);
-  const expected = await runSmall(cpu, programs[name]());
+  const expected = await runSmall(cpu, smallPrograms[name]());
   for (const results of outcome.results) {
     expect(Object.keys(results)).toEqual(Object.keys(expected));
     for (const [key, { dtype, shape, data }] of Object.entries(expected)) {
@@ -43,6 +42,8 @@ describe.skipIf(!browserPath)(`a browser without graphics${browserNote}`, () => 
 
   it('reads weights out of the bytes of a safetensors file', () =>
     expectSameAsNode(browser, 'boundWeights', { device: 'cpu' }));
+
+  it('gives half precision as raw bits', () => expectSameAsNode(browser, 'halfPrecision', { device: 'cpu' }));
 
   it('says what WebGPU needs', async () => {
     expect(await run(browser, 'training', { device: 'webgpu' })).toEqual({

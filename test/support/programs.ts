@@ -63,11 +63,21 @@ export function boundWeights(): SmallProgram & { readonly file: Uint8Array } {
   const result = t.linear(rows, t.parameter('matrix', 'float32', [5, 6]));
   return {
     file,
-    program: { outputs: { result, half: t.cast(result, 'float16') } },
+    program: { outputs: { result } },
     inputs: { ids: { dtype: 'int64', shape: [2, 3], data: BigInt64Array.of(0n, 7n, 3n, 3n, 1n, 6n) } },
     options: { bind: ({ name }) => places[name!]!, files: [{ name: 'weights.safetensors', bytes: file }] },
   };
 }
+
+/** Values that come and go in half precision. */
+export function halfPrecision(): SmallProgram {
+  const x = t.input('x', 'float16', [2, 5]);
+  const program = { outputs: { result: t.cast(t.exponential(t.cast(x, 'float32')), 'float16') } };
+  const inputs = { x: { dtype: 'float16', shape: [2, 5], data: t.toFloat16(wave([2, 5]).data) } as const };
+  return { program, inputs, options: { bind: () => 'input' } };
+}
+
+export const smallPrograms = { training, boundWeights, halfPrecision };
 
 export async function runSmall(
   runtime: Runtime,
