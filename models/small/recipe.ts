@@ -5,8 +5,8 @@
 
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
-import type { Parameters } from '../../src/training/trainer.ts';
 import type { FloatTensor } from '../../src/tensor/data.ts';
+import type { Parameters } from '../../src/training/trainer.ts';
 import { finishModel } from './finish.ts';
 import { finishAutoencoder, readAll, VAE_FILE, VAE_PREFIX } from './latents.ts';
 import { CACHE } from './paths.ts';

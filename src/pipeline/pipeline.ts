@@ -22,7 +22,7 @@ import { type TextEncoders, tokenizePrompt } from '../text/tokens.ts';
 import { VERSION } from '../version.ts';
 import { type Checkpoint, partTitles, type WeightTensor } from '../weights/checkpoint.ts';
 import { findNonFinite } from '../weights/inspect.ts';
-import { type ModelDefaults, modelDefaults } from './defaults.ts';
+import { type ModelDefaults, modelDefaults, storedPreviewFactors } from './defaults.ts';
 import { type CompleteOptions, completeOptions, type GenerateOptions } from './options.ts';
 
 /** A finished picture and what it was made with. */
@@ -114,7 +114,8 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
     defaults,
     t5Tokens: networks.t5?.config.tokens ?? 0,
   };
-  let previewFactors: Promise<PreviewFactors> | undefined;
+  const [{ file: vaeFile }] = [...parts.vae!.tensors.values()] as [WeightTensor];
+  let previewFactors: PreviewFactors | undefined = storedPreviewFactors(vaeFile.metadata, parts.vae!.file);
 
   async function* draw(options: GenerateOptions): AsyncGenerator<GenerationEvent, void> {
     const complete = completeOptions(options, { ...facts, t5Tokens: facts.t5Tokens || 1 });
@@ -129,8 +130,8 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
       complete.width / vaeDownscale(facts.vae),
     ];
     const preview = (latent: Float32Array) => async () => {
-      previewFactors ??= fitPreviewFactors((z) => networks.vae.decode(z), facts.vae.latentChannels);
-      return previewImage(floats(latentShape, latent), await previewFactors);
+      previewFactors ??= await fitPreviewFactors((z) => networks.vae.decode(z), facts.vae.latentChannels);
+      return previewImage(floats(latentShape, latent), previewFactors);
     };
     let latent: Float32Array | undefined;
     for await (const step of sample(networks, complete, latentShape, positive, negative)) {

@@ -1,0 +1,93 @@
+/** The models that are measured. */
+
+import { existsSync } from 'node:fs';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { TRANSFORMER } from '../models/small/configs.ts';
+import { MODEL_FILE } from '../models/small/paths.ts';
+import { SD35_MEDIUM_TRANSFORMER, type TransformerConfig } from '../src/models/config.ts';
+import type { TransformerPass } from '../src/models/transformer.ts';
+import { torchGenerator } from '../src/sampling/noise.ts';
+import { elementCount, type FloatTensor, floats, type TensorData, toFloat16 } from '../src/tensor/data.ts';
+import { type Checkpoint, openCheckpoint } from '../src/weights/checkpoint.ts';
+import { transformerTensors } from '../src/weights/expected.ts';
+import { fileSource, writeSafetensorsFile } from '../src/weights/files.node.ts';
+import { ROOT } from './support.ts';
+
+/** The small random checkpoint of the tests: all parts, in the official layout. */
+export const GOLDEN = join(ROOT, 'test/golden/tiny_sd35.safetensors');
+/** The shipped model, where it has been trained. */
+export const SMALL = existsSync(MODEL_FILE) ? MODEL_FILE : undefined;
+
+/** The shipped model's transformer with a table of positions for up to 4096 image tokens. */
+export const SMALL_TRANSFORMER: TransformerConfig = { ...TRANSFORMER, tableSize: 64 };
+/** Half the width and a quarter of the depth of Stable Diffusion 3.5 Medium: about 150 million parameters. */
+export const MIDDLE_TRANSFORMER: TransformerConfig = {
+  ...SD35_MEDIUM_TRANSFORMER,
+  hiddenSize: 768,
+  depth: 6,
+  heads: 12,
+  mlpHidden: 3072,
+  tableSize: 64,
+  dualAttentionLayers: [0, 1, 2],
+};
+
+/** Opens a checkpoint; it stays open to the end of the process. */
+export async function openModel(path: string): Promise<Checkpoint> {
+  return openCheckpoint([await fileSource(path)]);
+}
+
+/** Runs with a folder that is removed afterwards. */
+export async function withTemporaryFolder<T>(work: (folder: string) => Promise<T>): Promise<T> {
+  const folder = await mkdtemp(join(tmpdir(), 'mmditx-bench-'));
+  try {
+    return await work(folder);
+  } finally {
+    await rm(folder, { recursive: true, force: true });
+  }
+}
+
+/** Random numbers that large weights repeat: drawing each anew would take longer than measuring. */
+const POOL = 2 ** 20;
+/** Deviation of biases and of the weights of norms around 1. */
+const VECTOR_SCALE = 0.1;
+
+/**
+ * Writes a transformer with random weights in half precision, as the released file has them. Time does not depend on
+ * their values; no weight is zero, so that a difference between two implementations shows.
+ */
+export async function writeRandomTransformer(path: string, config: TransformerConfig): Promise<void> {
+  const pool = torchGenerator(1).normal(POOL);
+  const tensors = new Map<string, TensorData>();
+  let next = 0;
+  for (const [name, shape] of transformerTensors(config)) {
+    const scale = shape.length === 1 ? VECTOR_SCALE : 1 / Math.sqrt(elementCount(shape.slice(1)));
+    const centre = /\.ln_[qk]\.weight$/.test(name) ? 1 : 0;
+    const data = new Float32Array(elementCount(shape));
+    for (let i = 0; i < data.length; i++) data[i] = centre + scale * pool[next++ % POOL]!;
+    tensors.set(`model.diffusion_model.${name}`, { dtype: 'float16', shape, data: toFloat16(data) });
+  }
+  await writeSafetensorsFile(path, tensors);
+}
+
+/** Standard normal values, the same at every run. */
+export function normalFloats(shape: readonly number[], seed = 1): FloatTensor {
+  return floats(shape, torchGenerator(seed).normal(elementCount(shape)));
+}
+
+export interface TransformerInputs extends TransformerPass {
+  readonly latent: FloatTensor;
+  readonly timesteps: readonly number[];
+}
+
+/** Random inputs for a square of `tokens` image tokens and `length` context tokens. */
+export function transformerInputs(config: TransformerConfig, tokens: number, length: number): TransformerInputs {
+  const side = Math.sqrt(tokens) * config.patchSize;
+  return {
+    latent: normalFloats([1, config.inChannels, side, side], 1),
+    timesteps: [500],
+    context: normalFloats([1, length, config.contextWidth], 2),
+    pooled: normalFloats([1, config.pooledWidth], 3),
+  };
+}
