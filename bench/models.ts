@@ -10,7 +10,7 @@ import { SD35_MEDIUM_TRANSFORMER, type TransformerConfig } from '../src/models/c
 import type { TransformerPass } from '../src/models/transformer.ts';
 import { torchGenerator } from '../src/sampling/noise.ts';
 import { elementCount, type FloatTensor, floats, type TensorData, toFloat16 } from '../src/tensor/data.ts';
-import { type Checkpoint, openCheckpoint } from '../src/weights/checkpoint.ts';
+import { type Checkpoint, openCheckpoint, type PartWeights } from '../src/weights/checkpoint.ts';
 import { transformerTensors } from '../src/weights/expected.ts';
 import { fileSource, writeSafetensorsFile } from '../src/weights/files.node.ts';
 import { ROOT } from './support.ts';
@@ -33,9 +33,14 @@ export const MIDDLE_TRANSFORMER: TransformerConfig = {
   dualAttentionLayers: [0, 1, 2],
 };
 
-/** Opens a checkpoint; it stays open to the end of the process. */
-export async function openModel(path: string): Promise<Checkpoint> {
-  return openCheckpoint([await fileSource(path)]);
+/** Runs with a checkpoint that is closed afterwards. */
+export async function withModel<T>(path: string, work: (checkpoint: Checkpoint) => Promise<T>): Promise<T> {
+  const source = await fileSource(path);
+  try {
+    return await work(await openCheckpoint([source]));
+  } finally {
+    await source.close();
+  }
 }
 
 /** Runs with a folder that is removed afterwards. */
@@ -54,10 +59,22 @@ const POOL = 2 ** 20;
 const VECTOR_SCALE = 0.1;
 
 /**
- * Writes a transformer with random weights in half precision, as the released file has them. Time does not depend on
- * their values; no weight is zero, so that a difference between two implementations shows.
+ * Runs with the file of a transformer with random weights, which is removed afterwards. They are in half precision, as
+ * in the released file. Time does not depend on their values; none is zero, so that a difference between two
+ * implementations shows.
  */
-export async function writeRandomTransformer(path: string, config: TransformerConfig): Promise<void> {
+export async function withRandomTransformer<T>(
+  config: TransformerConfig,
+  work: (part: PartWeights<TransformerConfig>, file: string) => Promise<T>,
+): Promise<T> {
+  return withTemporaryFolder(async (folder) => {
+    const file = join(folder, 'transformer.safetensors');
+    await writeSafetensorsFile(file, randomTransformer(config));
+    return withModel(file, ({ parts }) => work(parts.transformer!, file));
+  });
+}
+
+function randomTransformer(config: TransformerConfig): Map<string, TensorData> {
   const pool = torchGenerator(1).normal(POOL);
   const tensors = new Map<string, TensorData>();
   let next = 0;
@@ -68,7 +85,7 @@ export async function writeRandomTransformer(path: string, config: TransformerCo
     for (let i = 0; i < data.length; i++) data[i] = centre + scale * pool[next++ % POOL]!;
     tensors.set(`model.diffusion_model.${name}`, { dtype: 'float16', shape, data: toFloat16(data) });
   }
-  await writeSafetensorsFile(path, tensors);
+  return tensors;
 }
 
 /** Standard normal values, the same at every run. */

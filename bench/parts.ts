@@ -9,7 +9,7 @@ import { nodeRuntime } from '../src/runtime/node.node.ts';
 import { torchGenerator } from '../src/sampling/noise.ts';
 import type { TensorData } from '../src/tensor/data.ts';
 import type { Checkpoint } from '../src/weights/checkpoint.ts';
-import { GOLDEN, normalFloats, openModel, SMALL, transformerInputs } from './models.ts';
+import { GOLDEN, normalFloats, SMALL, transformerInputs, withModel } from './models.ts';
 import { callsFor, MIB, median, publish, QUICK, type Row, rounded, runNode, THREADS, timeCalls } from './support.ts';
 
 /** A part ready to be called once. */
@@ -75,11 +75,12 @@ interface PartReport {
 /** In a child: loads one part and calls it. */
 async function measurePart(part: string, file: string, side: number): Promise<PartReport> {
   const emptyBytes = process.memoryUsage.rss();
-  const { parts } = await openModel(file);
-  const { input, call } = PARTS[part]!(parts, side);
-  const [first, second] = (await timeCalls(call, 2)) as [number, number];
-  const seconds = median(await timeCalls(call, callsFor(second, PART_SECONDS)));
-  return { input, first, seconds, emptyBytes };
+  return withModel(file, async ({ parts }) => {
+    const { input, call } = PARTS[part]!(parts, side);
+    const [first, second] = (await timeCalls(call, 2)) as [number, number];
+    const seconds = median(await timeCalls(call, callsFor(second, PART_SECONDS)));
+    return { input, first, seconds, emptyBytes };
+  });
 }
 
 const [, , part, file, side] = process.argv;

@@ -3,19 +3,20 @@
 import { readdir, readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { loadAutoencoder } from '../src/models/autoencoder.ts';
-import { vaeDownscale } from '../src/models/config.ts';
+import { type TransformerConfig, type VaeConfig, vaeDownscale } from '../src/models/config.ts';
 import { loadTransformer } from '../src/models/transformer.ts';
 import { nodeRuntime } from '../src/runtime/node.node.ts';
 import type { Runtime } from '../src/runtime/runtime.ts';
+import type { PartWeights } from '../src/weights/checkpoint.ts';
 import {
   GOLDEN,
   MIDDLE_TRANSFORMER,
   normalFloats,
-  openModel,
   SMALL,
   transformerInputs,
+  withModel,
+  withRandomTransformer,
   withTemporaryFolder,
-  writeRandomTransformer,
 } from './models.ts';
 import { publish, QUICK, type Row, rounded, THREADS } from './support.ts';
 
@@ -97,12 +98,8 @@ async function profile(
   });
 }
 
-const [name, file, side] = SMALL ? (['small', SMALL, 128] as const) : (['golden', GOLDEN, 256] as const);
-const { transformer, vae, clipL, t5 } = (await openModel(file)).parts;
-const rows: Row[] = [];
-const latentSide = side / vaeDownscale(vae!.config);
-
-function transformerLoader(part: NonNullable<typeof transformer>, tokens: number, length: number) {
+/** Something that {@link profile} runs: the transformer on a square of image tokens. */
+function transformerLoader(part: PartWeights<TransformerConfig>, tokens: number, length: number) {
   const inputs = transformerInputs(part.config, tokens, length);
   return (runtime: Runtime) => {
     const { velocities, dispose } = loadTransformer(runtime, part);
@@ -110,26 +107,27 @@ function transformerLoader(part: NonNullable<typeof transformer>, tokens: number
   };
 }
 
-const tokens = (latentSide / transformer!.config.patchSize) ** 2;
-const length = clipL!.config.positions + t5!.config.tokens;
-rows.push(
-  ...(await profile(
-    `${name} transformer, ${tokens} + ${length} tokens`,
-    transformerLoader(transformer!, tokens, length),
-  )),
-);
-rows.push(
-  ...(await profile(`${name} VAE decoder, ${side} x ${side}`, (runtime) => {
-    const { decode, dispose } = loadAutoencoder(runtime, vae!);
-    const latent = normalFloats([1, vae!.config.latentChannels, latentSide, latentSide]);
+/** The same: the decoder on a square latent. */
+function decoderLoader(part: PartWeights<VaeConfig>, side: number) {
+  const latent = normalFloats([1, part.config.latentChannels, side, side]);
+  return (runtime: Runtime) => {
+    const { decode, dispose } = loadAutoencoder(runtime, part);
     return { call: () => decode(latent), dispose };
-  })),
-);
+  };
+}
+
+const rows: Row[] = [];
+const [name, file, side] = SMALL ? (['small', SMALL, 128] as const) : (['golden', GOLDEN, 256] as const);
+await withModel(file, async ({ parts: { transformer, vae, clipL, t5 } }) => {
+  const latentSide = side / vaeDownscale(vae!.config);
+  const tokens = (latentSide / transformer!.config.patchSize) ** 2;
+  const length = clipL!.config.positions + t5!.config.tokens;
+  const subject = `${name} transformer, ${tokens} + ${length} tokens`;
+  rows.push(...(await profile(subject, transformerLoader(transformer!, tokens, length))));
+  rows.push(...(await profile(`${name} VAE decoder, ${side} x ${side}`, decoderLoader(vae!, latentSide))));
+});
 if (!QUICK) {
-  await withTemporaryFolder(async (folder) => {
-    const path = join(folder, 'transformer.safetensors');
-    await writeRandomTransformer(path, MIDDLE_TRANSFORMER);
-    const part = (await openModel(path)).parts.transformer!;
+  await withRandomTransformer(MIDDLE_TRANSFORMER, async (part) => {
     rows.push(...(await profile('middle transformer, 1024 + 154 tokens', transformerLoader(part, 1024, 154))));
   });
 }

@@ -3,9 +3,10 @@
 import { spawn } from 'node:child_process';
 import { mkdir, writeFile } from 'node:fs/promises';
 import { createRequire } from 'node:module';
-import { availableParallelism, cpus, loadavg, totalmem } from 'node:os';
+import { availableParallelism, cpus, totalmem } from 'node:os';
 import { basename, dirname, join, relative } from 'node:path';
 import { text } from 'node:stream/consumers';
+import { setTimeout as wait } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 
 export const ROOT = join(dirname(fileURLToPath(import.meta.url)), '..');
@@ -71,7 +72,7 @@ const SETTLE_MS = 150;
 export async function takeTurns(ours: Side, theirs: Side): Promise<Comparison> {
   const sides = [ours, theirs].map((side) => ({ side, calls: 1, all: [] as number[], turns: [] as number[] }));
   const turn = async (side: Side, calls: number) => {
-    await new Promise((resolve) => setTimeout(resolve, SETTLE_MS));
+    await wait(SETTLE_MS);
     return side(calls);
   };
   for (const entry of sides) {
@@ -149,10 +150,24 @@ export function machine(): Record<string, string | number> {
   };
 }
 
-/** Load average of the last minute when this process started. */
-const loadAtStart = loadavg()[0]!;
-/** Load of an idle machine, with room for the compiler that ran before. */
-const IDLE_LOAD = 0.7;
+/** Share of the processors that is in use while this process waits, in percent: what a measurement shared them with. */
+async function otherLoad(): Promise<number> {
+  const times = () => cpus().map(({ times: { idle, ...busy } }) => ({ idle, busy: sum(Object.values(busy)) }));
+  await wait(SETTLE_MS + ENDING_MS);
+  const before = times();
+  await wait(SAMPLE_MS);
+  const after = times();
+  const passed = (key: 'idle' | 'busy') => sum(after.map((entry, i) => entry[key] - before[i]![key]));
+  return Math.round((100 * passed('busy')) / (passed('busy') + passed('idle')));
+}
+/** Time for child processes to end; time over which the load is taken. */
+const [ENDING_MS, SAMPLE_MS] = [500, 1000];
+/** Percent that a system needs for itself. */
+const IDLE_LOAD = 10;
+
+function sum(values: readonly number[]): number {
+  return values.reduce((total, value) => total + value, 0);
+}
 
 export interface Publication {
   /** One sentence: what was measured. */
@@ -165,11 +180,12 @@ export interface Publication {
 /** Prints a measurement as Markdown and keeps it as JSON in `bench/results/`, or `bench/data/` with BENCH_QUICK=1. */
 export async function publish({ title, rows, settings = {} }: Publication): Promise<void> {
   const script = relative(ROOT, process.argv[1]!).replaceAll('\\', '/');
+  const load = await otherLoad();
   const result = {
     title,
     command: `npx tsx ${script}`,
     date: new Date().toISOString().slice(0, 10),
-    machine: { ...machine(), loadAtStart: rounded(loadAtStart, 2) },
+    machine: { ...machine(), 'other load, %': load },
     settings,
     rows,
   };
@@ -178,5 +194,5 @@ export async function publish({ title, rows, settings = {} }: Publication): Prom
   await writeFile(join(folder, `${basename(script, '.ts')}.json`), `${JSON.stringify(result, undefined, 2)}\n`);
   const facts = Object.entries({ ...result.machine, ...settings }).map(([key, value]) => `${key} ${value}`);
   console.log(`\n## ${title}\n\n${table(rows)}\n\n${facts.join(', ')}`);
-  if (loadAtStart > IDLE_LOAD) console.log('The machine was not idle: do not keep these figures.');
+  if (load > IDLE_LOAD) console.log('The machine was not idle: do not keep these figures.');
 }

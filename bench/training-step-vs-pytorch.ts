@@ -1,4 +1,4 @@
-/** One training step (loss, gradients, clipping, AdamW) against PyTorch's autograd on the same weights, taking turns. */
+/** One training step (loss, gradients, clipping, AdamW) against PyTorch's autograd on equal weights, taking turns. */
 
 import { join } from 'node:path';
 import { TRANSFORMER } from '../models/small/configs.ts';
@@ -9,7 +9,7 @@ import { type FloatTensor, floats, toFloat32 } from '../src/tensor/data.ts';
 import { timestepInput, velocityLoss } from '../src/training/loss.ts';
 import { createTrainer, type Parameters, trainableWeights } from '../src/training/trainer.ts';
 import { type PartWeights, readWeight } from '../src/weights/checkpoint.ts';
-import { normalFloats, openModel, withTemporaryFolder, writeRandomTransformer } from './models.ts';
+import { normalFloats, withModel, withRandomTransformer } from './models.ts';
 import { startPeer, toMessage } from './peer.ts';
 import { callsFor, median, publish, QUICK, ROOT, type Row, rounded, THREADS, takeTurns, timeCalls } from './support.ts';
 
@@ -34,12 +34,9 @@ const ALONE_SECONDS = 5;
 
 const peer = await startPeer();
 const rows: Row[] = [];
-rows.push(await measure('golden', join(ROOT, 'test/golden/train_model.safetensors'), GOLDEN_BATCH));
-await withTemporaryFolder(async (folder) => {
-  const file = join(folder, 'transformer.safetensors');
-  await writeRandomTransformer(file, TRANSFORMER);
-  rows.push(await measure('small', file, SMALL_BATCH));
-});
+const golden = join(ROOT, 'test/golden/train_model.safetensors');
+rows.push(await withModel(golden, ({ parts }) => measure('golden', parts.transformer!, golden, GOLDEN_BATCH)));
+rows.push(await withRandomTransformer(TRANSFORMER, (part, file) => measure('small', part, file, SMALL_BATCH)));
 peer?.stop();
 await publish({
   title: 'Training, seconds per step against PyTorch float32',
@@ -47,8 +44,12 @@ await publish({
   settings: { threads: THREADS, torch: peer?.torch ?? 'not installed' },
 });
 
-async function measure(name: string, file: string, size: BatchSize): Promise<Row> {
-  const part = (await openModel(file)).parts.transformer!;
+async function measure(
+  name: string,
+  part: PartWeights<TransformerConfig>,
+  file: string,
+  size: BatchSize,
+): Promise<Row> {
   const { config } = part;
   const trainer = await createTrainer(nodeRuntime({ threads: THREADS }), {
     loss: velocityLoss(config, trainableWeights().weights),

@@ -45,7 +45,7 @@ class Mmditx:
         self.weights = {name[len(PREFIX) :]: value for name, value in tensors.items() if name.startswith(PREFIX)}
         self.hidden = self.weights["x_embedder.proj.weight"].shape[0]
         self.head_width = self.weights["joint_blocks.0.x_block.attn.ln_q.weight"].shape[0]
-        self.depth = 1 + max(int(match[1]) for match in map(re.compile(r"joint_blocks\.(\d+)").match, self.weights) if match)
+        self.depth = len({match[0] for match in map(re.compile(r"joint_blocks\.\d+").match, self.weights) if match})
 
     def linear(self, name, x):
         return F.linear(x, self.weights[name + ".weight"], self.weights[name + ".bias"])

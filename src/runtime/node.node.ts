@@ -46,6 +46,9 @@ export function nodeRuntime(options: NodeRuntimeOptions = {}): Runtime {
   if (!DEVICES.includes(device)) {
     throw new MmditxError('bad-option', `There is no device "${device}"; choose one of ${DEVICES.join(', ')}.`);
   }
+  if (!Number.isSafeInteger(threads) || threads < 1) {
+    throw new MmditxError('bad-option', `The number of threads is ${threads}; it must be a whole number from 1.`);
+  }
   if (!availableDevices().includes(device)) {
     throw unavailable(device, REMEDY[device]);
   }

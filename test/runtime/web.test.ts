@@ -35,7 +35,7 @@ describe.skipIf(!browserPath)(`a browser without graphics${browserNote}`, () => 
   let browser: BrowserPage;
   beforeAll(async () => {
     browser = await openPage('test/support/page.ts');
-  });
+  }, 60_000);
   afterAll(() => browser?.close());
 
   it('computes a loss and its gradients as Node does', () => expectSameAsNode(browser, 'training', { device: 'cpu' }));
@@ -61,7 +61,7 @@ describe.skipIf(!browserPath)(`a browser with WebGPU${browserNote}`, () => {
   let browser: BrowserPage;
   beforeAll(async () => {
     browser = await openPage('test/support/page.ts', { graphics: true });
-  });
+  }, 60_000);
   afterAll(() => browser?.close());
 
   it('computes a loss and its gradients as Node does', () =>
