@@ -67,6 +67,6 @@ export const TRANSFORMER: TransformerConfig = {
   mlpHidden: 1024,
   contextWidth: CLIP_L_WIDTH + CLIP_G_WIDTH,
   pooledWidth: CLIP_L_WIDTH + CLIP_G_WIDTH,
-  tableSize: 32,
+  tableSize: 24,
   dualAttentionLayers: [0, 1, 2],
 };
