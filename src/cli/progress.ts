@@ -44,7 +44,7 @@ export function createProgress(
     };
   }
 
-  const format = `{bar} {value}/{total} steps  {time}`;
+  const format = '{bar} {value}/{total} steps  {time}';
   // A second Ctrl-C ends the process at once: the cursor and line wrapping stay as they are.
   const settings = { format, stream: output, barsize: BAR_WIDTH, clearOnComplete: true, linewrap: true };
   const bar = new SingleBar({ ...settings, gracefulExit: false, emptyOnZero: true }, Presets.shades_classic);
@@ -60,7 +60,7 @@ export function createProgress(
     },
     step(done, total) {
       const time = left(done, total);
-      state = { done, total, time: done === total ? 'decoding' : time && `${time} left` };
+      state = { done, total, time: done === 0 ? 'loading' : done === total ? 'decoding' : time && `${time} left` };
       if (bar.isActive) {
         bar.setTotal(total);
         bar.update(done, { time: state.time });

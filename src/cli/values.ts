@@ -6,18 +6,18 @@ import { type SamplerName, samplerNames } from '../sampling/samplers.ts';
 import { type ScheduleName, scheduleNames } from '../sampling/schedules.ts';
 
 export function wholeNumber(text: string): number {
-  if (!/^[-+]?\d{1,15}$/.test(text)) throw new InvalidArgumentError('Give a whole number.');
+  if (!/^[-+]?\d{1,15}$/.test(text)) throw new InvalidArgumentError('give a whole number');
   return Number(text);
 }
 
 export function decimal(text: string): number {
-  if (!/^[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$/i.test(text)) throw new InvalidArgumentError('Give a number.');
+  if (!/^[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$/i.test(text)) throw new InvalidArgumentError('give a number');
   return Number(text);
 }
 
 /** A bigint where a number would not be exact. */
 export function seed(text: string): number | bigint {
-  if (!/^\d{1,20}$/.test(text)) throw new InvalidArgumentError('Give a whole number from 0 to 2^64 - 1.');
+  if (!/^\d{1,20}$/.test(text)) throw new InvalidArgumentError('give a whole number from 0 to 2^64 - 1');
   const value = BigInt(text);
   return value <= Number.MAX_SAFE_INTEGER ? Number(value) : value;
 }
@@ -29,14 +29,14 @@ export interface Size {
 
 export function size(text: string): Size {
   const [, width, height] = /^(\d{1,6})x(\d{1,6})$/i.exec(text) ?? [];
-  if (!width || !height) throw new InvalidArgumentError('Give width and height in pixels, such as 1024x768.');
+  if (!width || !height) throw new InvalidArgumentError('give width and height in pixels, such as 1024x768');
   return { width: Number(width), height: Number(height) };
 }
 
 /** Lengths of a tensor's axes. */
 export function shape(text: string): number[] {
   if (!/^[1-9]\d{0,8}(x[1-9]\d{0,8}){0,7}$/i.test(text)) {
-    throw new InvalidArgumentError('Give the lengths of its axes, such as 1x16x8x8.');
+    throw new InvalidArgumentError('give the lengths of its axes, such as 1x16x8x8');
   }
   return text.split(/x/i).map(Number);
 }
@@ -44,7 +44,7 @@ export function shape(text: string): number[] {
 /** Indices of transformer blocks. */
 export function layers(text: string): number[] {
   if (!/^\d{1,4}(,\d{1,4})*$/.test(text)) {
-    throw new InvalidArgumentError('Give numbers of layers with commas between them, such as 7,8,9.');
+    throw new InvalidArgumentError('give numbers of layers with commas between them, such as 7,8,9');
   }
   return text.split(',').map(Number);
 }
@@ -107,7 +107,7 @@ export function addDeviceOptions(command: Command): Command {
 
 function threads(text: string): number {
   const count = wholeNumber(text);
-  if (count < 1 || count > MAX_THREADS) throw new InvalidArgumentError(`Give a number from 1 to ${MAX_THREADS}.`);
+  if (count < 1 || count > MAX_THREADS) throw new InvalidArgumentError(`give a number from 1 to ${MAX_THREADS}`);
   return count;
 }
 

@@ -1,14 +1,27 @@
 import { beforeAll, describe, expect, it } from 'vitest';
+import { loadTransformer } from '../../src/models/transformer.ts';
+import { velocityModel } from '../../src/pipeline/pipeline.ts';
 import { guidedDenoiser, type SkipLayerGuidance, type VelocityModel } from '../../src/sampling/guidance.ts';
 import { type SamplerName, samplers } from '../../src/sampling/samplers.ts';
 import type { Denoiser, SamplerStep } from '../../src/sampling/steps.ts';
+import type { FloatTensor } from '../../src/tensor/data.ts';
 import { golden, maxDifference, readGolden } from '../support/golden.ts';
+import { goldenCheckpoint } from '../support/models.ts';
+import { cpu } from '../support/run.ts';
 
 /**
  * The transformer of `tiny_sd35.safetensors`, conditioned on the golden `cond.*` (positive) and `uncond.*` (negative)
  * embeddings of `text.safetensors`.
  */
-const loadTinyTransformer = undefined as (() => Promise<VelocityModel>) | undefined;
+async function loadTinyTransformer(): Promise<VelocityModel> {
+  const { parts } = await goldenCheckpoint();
+  const text = readGolden('text');
+  const conditioning = (name: string) => ({
+    context: golden(text, `${name}.context`) as FloatTensor,
+    pooled: golden(text, `${name}.pooled`) as FloatTensor,
+  });
+  return velocityModel(loadTransformer(cpu, parts.transformer!), conditioning('cond'), conditioning('uncond'));
+}
 
 const TOLERANCE = 1e-4;
 const CFG = 5;
@@ -20,12 +33,12 @@ const tensors = readGolden('sampling');
 const values = (name: string) => golden(tensors, name).data as Float32Array;
 const row = (name: string, i: number) => values(name).subarray(i * SIZE, (i + 1) * SIZE);
 
-describe.skipIf(!loadTinyTransformer)('whole sampling runs on the tiny transformer', { timeout: 60_000 }, () => {
+describe('whole sampling runs on the tiny transformer', { timeout: 60_000 }, () => {
   let velocity: VelocityModel;
   let active: boolean[];
 
   beforeAll(async () => {
-    const model = await loadTinyTransformer!();
+    const model = await loadTinyTransformer();
     velocity = (request) => {
       active.push(request.passes.includes('positive-skipping-layers'));
       return model(request);
