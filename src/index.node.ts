@@ -14,6 +14,7 @@ import { fileURLToPath } from 'node:url';
 import { MmditxError } from './errors.ts';
 import { modelIdentity } from './pipeline/identity.ts';
 import { createPipeline, type PipelineSource, type StableDiffusion } from './pipeline/pipeline.ts';
+import { fastestRuntime } from './runtime/fastest.node.ts';
 import { type NodeRuntimeOptions, nodeRuntime } from './runtime/node.node.ts';
 import type { Runtime } from './runtime/runtime.ts';
 import { ioError } from './weights/atomic.node.ts';
@@ -30,7 +31,7 @@ export interface LoadOptions extends NodeRuntimeOptions {
   /** Paths of tokenizer.json files, for checkpoints that do not bring their own (default: found beside the model). */
   clipTokenizer?: string;
   t5Tokenizer?: string;
-  /** Runs the networks (default: {@link nodeRuntime} with these options). */
+  /** Runs the networks (default: {@link nodeRuntime} with these options, on the fastest device that works). */
   runtime?: Runtime;
 }
 
@@ -54,7 +55,7 @@ export async function load(
   const { checkpoint, close } = await openFiles(files);
   try {
     const tokenizers = await readTokenizers(checkpoint, dirname(files[0]!), options);
-    const runtime = options.runtime ?? nodeRuntime(options);
+    const runtime = options.runtime ?? (options.device ? nodeRuntime(options) : await fastestRuntime(options));
     const pipeline = createPipeline({ checkpoint, runtime, model: await modelIdentity(checkpoint), tokenizers });
     return { ...pipeline, dispose: async () => void (await Promise.all([pipeline.dispose(), close()])) };
   } catch (error) {

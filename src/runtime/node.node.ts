@@ -15,7 +15,7 @@ import {
 } from './runtime.ts';
 
 export interface NodeRuntimeOptions {
-  /** Default `cpu`: a graphics device cannot be told from one that imitates it in software before it has been slow. */
+  /** Default `cpu`; `load` takes the fastest that works (`fastest.node.ts`). */
   device?: Device;
   /** Threads of the CPU device (default: the machine's processors, at most 16). */
   threads?: number;
