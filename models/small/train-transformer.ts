@@ -44,7 +44,7 @@ export interface Stage {
 
 export const STAGES: readonly Stage[] = [
   { name: 'transformer-64', size: 64, batch: 64, steps: Number(process.env.STEPS_64 ?? 2200), learningRate: 1e-3 },
-  { name: 'transformer-128', size: 128, batch: 32, steps: Number(process.env.STEPS_128 ?? 2200), learningRate: 7e-4 },
+  { name: 'transformer-128', size: 128, batch: 32, steps: Number(process.env.STEPS_128 ?? 3400), learningRate: 7e-4 },
 ];
 
 /** Part of the pictures shown without their caption, for guidance (SD3 paper, section 4: drops text). */

@@ -4,7 +4,7 @@ import { basename } from 'node:path';
 import { MmditxError } from '../errors.ts';
 import { type GenerationSettings, type PictureSettings, settingsFromPng } from '../image/settings.ts';
 import type { GenerateOptions } from '../pipeline/options.ts';
-import { type Device, DEVICES } from '../runtime/runtime.ts';
+import { DEVICES, type Device } from '../runtime/runtime.ts';
 import { ioError } from '../weights/atomic.node.ts';
 import { defined } from './values.ts';
 

@@ -1,41 +1,57 @@
-/** `mmditx generate`: a prompt to PNG files. */
+/** `mmditx generate`: pictures from words. */
 
-import { access, constants, mkdir, readFile, stat } from 'node:fs/promises';
-import { dirname } from 'node:path';
-import { type Command, InvalidArgumentError, Option } from 'commander';
+import { basename } from 'node:path';
+import { type Command, Option } from 'commander';
 import { MmditxError } from '../errors.ts';
-import { outputPath, readImageFile, writePng } from '../image/files.node.ts';
-import { imageHash, maskFromImage, type RgbImage } from '../image/image.ts';
-import { type GenerationSettings, settingsFromPng } from '../image/settings.ts';
+import { type OutputValues, outputPath, writePng } from '../image/files.node.ts';
+import { encodePng } from '../image/png.ts';
+import { formatSettings } from '../image/settings.ts';
 import { terminalGraphics, terminalPicture } from '../image/terminal.node.ts';
-import { load } from '../index.node.ts';
-import type { GenerateOptions } from '../pipeline/options.ts';
-import type { GeneratedImage, StableDiffusion } from '../pipeline/pipeline.ts';
+import { type GenerateOptions, load, openFiles, SMALL_MODEL } from '../index.node.ts';
+import { vaeDownscale } from '../models/config.ts';
+import { modelIdentity } from '../pipeline/identity.ts';
+import type { GeneratedImage, GenerationEvent, StableDiffusion } from '../pipeline/pipeline.ts';
 import type { SkipLayerGuidance } from '../sampling/guidance.ts';
 import type { DenoiseRule } from '../sampling/schedules.ts';
-import type { FloatTensor } from '../tensor/data.ts';
 import type { PromptSyntax } from '../text/prompt-weights.ts';
-import { ioError } from '../weights/atomic.node.ts';
 import type { Context } from './context.ts';
-import { createProgress } from './progress.ts';
-import * as values from './values.ts';
+import { deviceFromPicture, modelDifference, optionsFromPicture, readPictureSettings } from './from-picture.ts';
+import { type InitialPicture, readInitialPicture, requireSamePictures } from './initial-picture.ts';
+import { createProgress, type Progress } from './progress.ts';
+import {
+  addDeviceOptions,
+  addSamplingOptions,
+  type DeviceFlags,
+  decimal,
+  defined,
+  layers,
+  repeated,
+  type SamplingFlags,
+  type Size,
+  seed,
+  size,
+  wholeNumber,
+} from './values.ts';
+import { makeFolderOf, requireWritable } from './writable.ts';
 
-interface Flags extends values.SamplingFlags, values.DeviceFlags {
+interface GenerateFlags extends SamplingFlags, DeviceFlags {
   readonly negative?: string;
-  readonly size?: values.Size;
+  readonly size?: Size;
   readonly width?: number;
   readonly height?: number;
-  readonly slg?: true | number[];
   readonly seed?: number | bigint;
   readonly batch?: number;
+  /** `true` without layers, `false` for `--no-slg`. */
+  readonly slg?: boolean | readonly number[];
   readonly initImage?: string;
   readonly mask?: string;
   readonly strength?: number;
   readonly denoiseRule?: DenoiseRule;
   readonly from?: string;
-  readonly output?: string;
+  readonly output: string;
   readonly overwrite?: true;
-  readonly model?: string[];
+  readonly preview?: string;
+  readonly model?: readonly string[];
   readonly clipTokenizer?: string;
   readonly t5Tokenizer?: string;
   readonly promptSyntax?: PromptSyntax;
@@ -47,247 +63,231 @@ interface Flags extends values.SamplingFlags, values.DeviceFlags {
 }
 
 const DEFAULT_OUTPUT = 'mmditx-{seed}-{index}.png';
-/** Sides of pictures are multiples of this, so a picture to start from is cut to them. */
-const SIZE_UNIT = 16;
-
-const EXAMPLES = `
-Examples:
-  $ mmditx generate "3d fox on a teal background" --seed 7 --output fox.png
-  $ mmditx generate "a castle" --batch 4 --output "castles/{seed}-{index}.png"
-  $ mmditx generate "cartoon fox" --init-image fox.png --strength 0.6
-  $ mmditx generate --from fox.png`;
 
 export function addGenerate(program: Command, context: Context): void {
   const command = program
     .command('generate')
-    .description('Draw pictures from a prompt. Options left out have the model’s own values.')
-    .argument('[prompt]', 'what to draw; (word:1.2), ((word)) and [word] weigh words')
-    .option('--negative <prompt>', 'what to keep away from')
-    .option('--size <WxH>', 'size in pixels, multiples of 16', values.size)
-    .option('--width <pixels>', 'width alone', values.wholeNumber)
-    .option('--height <pixels>', 'height alone', values.wholeNumber)
-    .option('--seed <number>', 'same seed, same picture (default: random)', values.seed)
-    .option('--batch <count>', 'pictures made at once', values.wholeNumber);
-  values
-    .addSamplingOptions(command)
-    .option('--slg [layers]', 'skip-layer guidance, on the model’s layers or these, such as 7,8,9', values.layers)
-    .option('--init-image <file>', 'picture to start from')
-    .option('--strength <share>', 'share of it that is redrawn, above 0 to 1', values.decimal)
+    .description('draw pictures; the paths written are printed')
+    .argument('[prompt]', 'what to draw; (word:1.2) weighs a word')
+    .option('-n, --negative <prompt>', 'what to keep away from')
+    .addOption(new Option('--size <WxH>', 'size in pixels').argParser(size).conflicts(['width', 'height']))
+    .option('--width <pixels>', 'width alone', wholeNumber)
+    .option('--height <pixels>', 'height alone', wholeNumber)
+    .option('-s, --seed <number>', 'where the noise comes from (default: random)', seed)
+    .option('-b, --batch <count>', 'pictures made at once (default: 1)', wholeNumber)
+    .optionsGroup('Sampling:')
+    .option('--slg [layers]', 'skip-layer guidance, with other layers than the default ones as in --slg 7,8', layers)
+    .option('--no-slg', 'none, where --from would have some');
+  addSamplingOptions(command)
+    .optionsGroup('From pictures:')
+    .option('-i, --init-image <file>', 'picture to redraw, scaled and cut to the size')
+    .option('--mask <file>', 'what of it is repainted: white is, black is kept')
+    .option('--strength <share>', 'how much of it is redrawn, above 0 to 1', decimal)
     .addOption(
-      new Option('--denoise-rule <rule>', 'how the strength shortens the schedule').choices([
+      new Option('--denoise-rule <name>', 'whose way of shortening the schedule for that').choices([
         'stability',
         'comfyui',
         'diffusers',
       ]),
     )
-    .option('--mask <file>', 'repaint only what is white in this picture')
-    .option('--from <png>', 'settings of a picture made before; other options change them')
+    .option('--from <picture>', 'take the settings from a picture; options given besides change them')
+    .optionsGroup('Prompts:')
+    .addOption(new Option('--prompt-syntax <name>', 'how brackets are read').choices(['a1111', 'comfy', 'none']))
+    .addOption(new Option('--long-prompt <way>', 'what happens beyond 77 tokens').choices(['chunk', 'truncate']))
+    .option('--t5-tokens <count>', 'tokens for T5, such as 256 (default: at least 77)', wholeNumber)
+    .optionsGroup('Model:')
     .option(
-      '--output <pattern>',
-      `file to write, with {seed} {index} {width} {height} {prompt} (default: "${DEFAULT_OUTPUT}")`,
+      '-m, --model <file>',
+      'checkpoint; repeat it for models in several files (default: the small one)',
+      repeated,
     )
-    .option('--overwrite', 'replace files that exist')
-    .option('--model <file>', 'checkpoint, or several files that make one (default: the small model)', values.repeated)
-    .option('--clip-tokenizer <file>', 'tokenizer.json of CLIP, for checkpoints without one')
-    .option('--t5-tokenizer <file>', 'tokenizer.json of T5, for checkpoints without one')
-    .addOption(new Option('--prompt-syntax <name>', 'how brackets are read').choices(['comfy', 'a1111', 'none']))
-    .addOption(new Option('--long-prompt <how>', 'prompts over CLIP’s length').choices(['chunk', 'truncate']))
-    .option('--t5-tokens <count>', 'pad or cut T5’s tokens to this length, such as 256', positive)
-    .option('--no-show', 'do not show the picture in the terminal')
-    .option('--quiet', 'no progress')
-    .option('--json', 'a line of JSON for each picture instead of its path')
-    .addHelpText('after', EXAMPLES)
-    .action((prompt: string | undefined) => generate(prompt, command.opts(), context));
-  values.addDeviceOptions(command);
-}
+    .option('--clip-tokenizer <file>', "CLIP's tokenizer.json, where the model brings none")
+    .option('--t5-tokenizer <file>', "T5's");
+  addDeviceOptions(command)
+    .optionsGroup('Output:')
+    .option('-o, --output <pattern>', 'path with {seed} {index} {width} {height} {prompt}', DEFAULT_OUTPUT)
+    .option('--overwrite', 'replace existing files instead of numbering new ones')
+    .option('--preview <file>', 'PNG that shows the first picture so far after every step')
+    .option('--no-show', 'do not show pictures in the terminal')
+    .option('-q, --quiet', 'no progress, only warnings and errors')
+    .option('--json', 'print a line of JSON for each picture instead of its path')
+    .addHelpText(
+      'after',
+      `
+Defaults are the model's own; those of Stable Diffusion 3.5 Medium are Stability AI's.
 
-function positive(text: string): number {
-  const count = values.wholeNumber(text);
-  if (count < 1) throw new InvalidArgumentError('Give a number of 1 or more.');
-  return count;
-}
-
-async function generate(prompt: string | undefined, flags: Flags, context: Context): Promise<void> {
-  const { stdout, stderr, signal } = context;
-  const previous = flags.from === undefined ? undefined : await settingsOf(flags.from);
-  if (prompt === undefined && previous?.prompt === undefined) {
-    throw new MmditxError('bad-option', 'There is no prompt; say what to draw: mmditx generate "a red fox".');
-  }
-  const pattern = flags.output ?? DEFAULT_OUTPUT;
-  await requireWritable(pattern);
-
-  const progress = createProgress(stderr, { quiet: flags.quiet });
-  const started = performance.now();
-  if (!flags.quiet && stderr.isTTY) progress.say('Loading the model ...');
-  const sd = await load(flags.model, {
-    ...values.defined({
-      device: flags.device,
-      threads: flags.threads,
-      clipTokenizer: flags.clipTokenizer,
-      t5Tokenizer: flags.t5Tokenizer,
-    }),
-  });
-  try {
-    const options = { ...(await completeOptions(prompt, flags, previous, sd, progress.say)), signal };
-    let images: readonly GeneratedImage[] = [];
-    try {
-      for await (const event of sd.stream(options)) {
-        if (event.type === 'warning') progress.say(`Warning: ${event.message}`);
-        if (event.type === 'step') progress.step(event.step, event.steps);
-        if (event.type === 'images') images = event.images;
+Examples:
+  mmditx generate "a red fox in the snow" --seed 7 --batch 4
+  mmditx generate "a red fox" --model sd3.5_medium.safetensors --size 1024x768 --slg
+  mmditx generate "a red fox" --init-image sketch.jpg --strength 0.6
+  mmditx generate --from mmditx-7-0.png --steps 60`,
+    )
+    .action(async (prompt: string | undefined, flags: GenerateFlags) => {
+      if (prompt === undefined && flags.from === undefined) {
+        throw new MmditxError('bad-option', 'There is no prompt; say what to draw: mmditx generate "a red fox".');
       }
-    } finally {
-      progress.stop();
+      if (flags.mask !== undefined && flags.initImage === undefined) {
+        throw new MmditxError('bad-option', 'A mask needs a picture to repaint; give it with --init-image.');
+      }
+      const progress = createProgress(context.stderr, { quiet: flags.quiet });
+      try {
+        await generate(prompt, flags, context, progress);
+      } finally {
+        progress.stop();
+      }
+    });
+}
+
+async function generate(prompt: string | undefined, flags: GenerateFlags, context: Context, progress: Progress) {
+  const picture = flags.from === undefined ? undefined : await readPictureSettings(flags.from);
+  const original = picture?.source === 'mmditx' ? picture.settings : undefined;
+  const paths = flags.model ?? [SMALL_MODEL];
+  const device = flags.device ?? deviceFromPicture(original);
+  const names = paths.map((path) => basename(path)).join(', ');
+  if (!flags.quiet && context.stderr.isTTY) progress.say(`Loading ${names}.`);
+
+  const { clipTokenizer, t5Tokenizer, threads } = flags;
+  const sd = await load(paths, defined({ clipTokenizer, t5Tokenizer, device, threads }));
+  try {
+    const model = await describe(paths);
+    if (original) {
+      const difference = modelDifference(original, flags.from!, model);
+      if (difference && !flags.model)
+        throw new MmditxError('bad-option', `${difference}; give its model with --model.`);
+      if (difference) progress.say(`Warning: ${difference}; the new picture will differ.`);
+    } else if (picture) {
+      progress.say(`Warning: ${flags.from} was made by another program; only settings with a counterpart are taken.`);
     }
-    if (previous?.model && flags.from) requireSameModel(flags, previous.model, images[0]!.settings.model);
-    // A picture repeated from a batch is one of it: the whole batch was drawn so that every bit is the same.
-    const wanted = previous?.batch && !flags.batch ? images.filter((_, i) => i === previous.batch!.index) : images;
-    const seconds = (performance.now() - started) / 1000;
-    for (const image of wanted) {
-      const { seed, width, height, batch } = image.settings;
-      const naming = { seed, index: batch.index, count: wanted.length, width, height, prompt: image.settings.prompt };
-      const path = outputPath(pattern, naming, { overwrite: flags.overwrite ?? false });
-      await writePng(path, image.png());
-      stdout.write(flags.json ? `${resultLine(path, image, seconds)}\n` : `${path}\n`);
-      if (flags.show && !flags.json) show(image, context);
+
+    const { width, height } = flags.size ?? flags;
+    const base = { ...(picture && optionsFromPicture(picture)), ...defined({ width, height }) };
+    let initial: InitialPicture | undefined;
+    if (flags.initImage !== undefined) {
+      const { initImage, mask } = flags;
+      initial = await readInitialPicture({ initImage, mask, width: base.width, height: base.height, unit: model.unit });
+      if (initial.note && !flags.quiet) progress.say(initial.note);
     }
+    if (original) await requireSamePictures(original, initial ?? {});
+
+    const options: GenerateOptions = {
+      prompt: '',
+      ...base,
+      ...optionsFromFlags(prompt, flags, base),
+      ...(initial && { initImage: initial.initImage }),
+      ...(initial?.mask && { mask: initial.mask }),
+      signal: context.signal,
+    };
+    // A picture from a batch is drawn with its batch; the others of it were not asked for.
+    const only = original && flags.batch === undefined ? original.batch.index : undefined;
+    await draw(sd, { ...options, seed: options.seed ?? randomSeed() }, only, flags, context, progress);
   } finally {
     await sd.dispose();
   }
 }
 
-/** A line for other programs. */
-function resultLine(path: string, { settings }: GeneratedImage, seconds: number): string {
-  const plain = (_key: string, value: unknown) => (typeof value === 'bigint' ? value.toString() : value);
-  return JSON.stringify({ path, seed: settings.seed, seconds: Number(seconds.toFixed(3)), settings }, plain);
-}
-
-function show(image: RgbImage, { stdout, environment }: Context): void {
-  const graphics = terminalGraphics(environment, stdout.isTTY ?? false);
-  if (graphics !== 'none') stdout.write(terminalPicture(graphics, image, values.defined(stdout)));
-}
-
-/** Settings of a picture made before; those of other programs are fewer. */
-type Previous = Partial<GenerationSettings>;
-
-async function settingsOf(path: string): Promise<Previous> {
-  const bytes = await readFile(path).catch((cause) => {
-    throw ioError('read', path, cause);
-  });
-  const found = settingsFromPng(bytes);
-  if (!found) {
-    throw new MmditxError('bad-file', `${path} carries no settings; give a PNG file made by mmditx or A1111's web UI.`);
-  }
-  return found.settings as Previous;
-}
-
-/** Options of the command line over those of a picture made before. */
-async function completeOptions(
-  prompt: string | undefined,
-  flags: Flags,
-  previous: Previous | undefined,
-  sd: StableDiffusion,
-  say: (text: string) => void,
-): Promise<GenerateOptions> {
-  const size = {
-    width: flags.width ?? flags.size?.width ?? previous?.width,
-    height: flags.height ?? flags.size?.height ?? previous?.height,
-  };
-  const { image, mask } = await inputPictures(flags, previous, size, say);
-  const batchSize = flags.batch ?? previous?.batch?.size;
-  return {
-    prompt: prompt ?? previous!.prompt!,
-    ...values.defined({
-      negativePrompt: flags.negative ?? previous?.negativePrompt,
-      width: image?.width ?? size.width,
-      height: image?.height ?? size.height,
-      steps: flags.steps ?? previous?.steps,
-      cfg: flags.cfg ?? previous?.cfg,
-      sampler: flags.sampler ?? previous?.sampler,
-      scheduler: flags.scheduler ?? previous?.scheduler,
-      shift: flags.shift ?? previous?.shift,
-      seed: flags.seed ?? previous?.seed,
-      batchSize,
-      skipLayerGuidance: skipLayerGuidance(flags, previous, sd),
-      initImage: image,
-      mask,
-      strength: flags.strength ?? previous?.initImage?.strength,
-      denoiseRule: flags.denoiseRule ?? previous?.initImage?.denoiseRule,
-      promptSyntax: flags.promptSyntax ?? previous?.promptSyntax,
-      longPrompt: flags.longPrompt ?? previous?.longPrompt,
-      t5Tokens: flags.t5Tokens ? { length: flags.t5Tokens } : previous?.t5Tokens,
-    }),
-  };
-}
-
-/** Any of the options of skip-layer guidance switches it on. */
-function skipLayerGuidance(
-  { slg, slgScale, slgStart, slgEnd, slgRule }: Flags,
-  previous: Previous | undefined,
-  sd: StableDiffusion,
-): SkipLayerGuidance | undefined {
-  const layers = Array.isArray(slg) ? slg : undefined;
-  const changed = values.defined({ layers, scale: slgScale, start: slgStart, end: slgEnd, rule: slgRule });
-  if (!slg && Object.keys(changed).length === 0) return previous?.skipLayerGuidance ?? undefined;
-  return { ...sd.defaults.skipLayer, ...(previous?.skipLayerGuidance ?? {}), ...changed };
-}
-
-/** The picture to start from and the mask, cut to the size asked for, or to their own rounded down. */
-async function inputPictures(
-  flags: Flags,
-  previous: Previous | undefined,
-  { width, height }: { width: number | undefined; height: number | undefined },
-  say: (text: string) => void,
-): Promise<{ image?: RgbImage; mask?: FloatTensor }> {
-  if (flags.mask && !flags.initImage) {
-    throw new MmditxError('bad-option', 'A mask needs a picture to repaint; give it with --init-image.');
-  }
-  if (!flags.initImage) {
-    if (!previous?.initImage) return {};
-    throw new MmditxError('bad-option', `${flags.from} was drawn over another picture; give that with --init-image.`);
-  }
-  const original = await readImageFile(flags.initImage);
-  const rounded = (side: number) => Math.max(SIZE_UNIT, Math.floor(side / SIZE_UNIT) * SIZE_UNIT);
-  const size = { width: width ?? rounded(original.width), height: height ?? rounded(original.height) };
-  const fits = size.width === original.width && size.height === original.height;
-  if (!fits) say(`${flags.initImage} is scaled and cut to ${size.width}x${size.height}.`);
-  const image = fits ? original : await readImageFile(flags.initImage, { size });
-  await requireSamePicture(flags, image, previous?.initImage?.sha256);
-  if (!flags.mask) return { image };
-  return { image, mask: maskFromImage(await readImageFile(flags.mask, { size })) };
-}
-
-async function requireSamePicture({ from, initImage }: Flags, image: RgbImage, expected?: string): Promise<void> {
-  if (expected !== undefined && expected !== (await imageHash(image))) {
-    throw new MmditxError('bad-option', `${from} was drawn over another picture than ${initImage}.`);
-  }
-}
-
-function requireSameModel(
-  { from, model }: Flags,
-  expected: GenerationSettings['model'],
-  { hash, name }: GenerationSettings['model'],
-): void {
-  // A model given by hand is meant to differ.
-  if (model || expected.hash === null || expected.hash === hash) return;
-  throw new MmditxError(
-    'bad-option',
-    `${from} was made with another model (${expected.name}) than ${name}; give it with --model.`,
-  );
-}
-
-/** Makes sure before the work starts that a file can be written where the pattern points. */
-async function requireWritable(pattern: string): Promise<void> {
-  const naming = { seed: 0, index: 0, count: 1, width: 0, height: 0, prompt: '' };
-  const path = outputPath(pattern, naming, { overwrite: true });
-  // Folders with placeholders are made when their names are known.
-  if (/\{/.test(dirname(pattern))) return;
-  const folder = dirname(path);
+/** What tells the model apart, and what sizes are multiples of. */
+async function describe(paths: readonly string[]): Promise<{ name: string; hash: string; unit: number }> {
+  const { checkpoint, close } = await openFiles(paths);
   try {
-    await mkdir(folder, { recursive: true });
-    await access(folder, constants.W_OK);
-    if ((await stat(path).catch(() => undefined))?.isDirectory()) throw Object.assign(new Error(), { code: 'EISDIR' });
-  } catch (cause) {
-    throw ioError('write', path, cause);
+    const { transformer, vae } = checkpoint.parts;
+    // Both are there: the model has been loaded.
+    const unit = vaeDownscale(vae!.config) * transformer!.config.patchSize;
+    return { ...(await modelIdentity(checkpoint)), unit };
+  } finally {
+    await close();
   }
+}
+
+function optionsFromFlags(prompt: string | undefined, flags: GenerateFlags, base: Partial<GenerateOptions>) {
+  const { steps, cfg, sampler, scheduler, shift, strength, denoiseRule, promptSyntax, longPrompt } = flags;
+  return defined({
+    prompt,
+    negativePrompt: flags.negative,
+    seed: flags.seed,
+    batchSize: flags.batch,
+    t5Tokens: flags.t5Tokens === undefined ? undefined : { length: flags.t5Tokens },
+    skipLayerGuidance: skipLayerGuidance(flags, base.skipLayerGuidance),
+    ...{ steps, cfg, sampler, scheduler, shift, strength, denoiseRule, promptSyntax, longPrompt },
+  });
+}
+
+/** Any option of skip-layer guidance but `--no-slg` switches it on. */
+function skipLayerGuidance(
+  { slg, slgScale: scale, slgStart: start, slgEnd: end, slgRule: rule }: GenerateFlags,
+  base: GenerateOptions['skipLayerGuidance'],
+): GenerateOptions['skipLayerGuidance'] {
+  if (slg === false) return false;
+  const own = defined({ layers: typeof slg === 'object' ? slg : undefined, scale, start, end, rule });
+  if (slg === undefined && Object.keys(own).length === 0) return base;
+  const changed: Partial<SkipLayerGuidance> = { ...(typeof base === 'object' && base), ...own };
+  return changed;
+}
+
+/** A number that is short to type, as file names and settings are to hold it. */
+function randomSeed(): number {
+  return crypto.getRandomValues(new Uint32Array(1))[0]!;
+}
+
+/** Draws the pictures and writes them; of a batch only the picture `only`, if given. */
+async function draw(
+  sd: StableDiffusion,
+  options: GenerateOptions & { readonly seed: number | bigint },
+  only: number | undefined,
+  flags: GenerateFlags,
+  { stdout, environment, signal }: Context,
+  progress: Progress,
+): Promise<void> {
+  const size = options.initImage ?? { ...sd.defaults, ...options };
+  const count = only === undefined ? (options.batchSize ?? 1) : 1;
+  const pathOf = (index: number) => {
+    const { prompt, seed } = options;
+    const values: OutputValues = { prompt, seed, index, count, width: size.width, height: size.height };
+    return outputPath(flags.output, values, { overwrite: flags.overwrite === true });
+  };
+  await prepare(pathOf(only ?? 0));
+  if (flags.preview !== undefined) await prepare(flags.preview);
+
+  const start = performance.now();
+  progress.step(0, options.steps ?? sd.defaults.steps);
+  let images: readonly GeneratedImage[] = [];
+  for await (const event of sd.stream(options)) {
+    if (event.type === 'images') images = event.images;
+    else if (event.type === 'warning') progress.say(`Warning: ${event.message}`);
+    else await reportStep(event, flags, progress);
+  }
+  signal.throwIfAborted();
+  progress.stop();
+  const seconds = (performance.now() - start) / 1000;
+
+  const graphics = flags.show && !flags.json ? terminalGraphics(environment, stdout.isTTY === true) : 'none';
+  for (const [index, image] of images.entries()) {
+    if (only !== undefined && index !== only) continue;
+    const path = pathOf(index);
+    await writePng(path, image.png());
+    stdout.write(terminalPicture(graphics, image, stdout));
+    stdout.write(`${flags.json ? describeResult(path, image, seconds) : path}\n`);
+  }
+}
+
+/** Makes the folder of a file and finds out whether the file can be written. */
+async function prepare(path: string): Promise<void> {
+  await makeFolderOf(path);
+  await requireWritable(path);
+}
+
+async function reportStep(
+  { step, steps, preview }: GenerationEvent & { type: 'step' },
+  flags: GenerateFlags,
+  progress: Progress,
+): Promise<void> {
+  progress.step(step, steps);
+  if (flags.preview === undefined) return;
+  const [first] = await preview();
+  await writePng(flags.preview, encodePng(first!));
+}
+
+/** `seconds` are those of the whole batch, from its words to its pixels. */
+function describeResult(path: string, { settings }: GeneratedImage, seconds: number): string {
+  const plain = JSON.parse(formatSettings(settings)) as { seed: number | string };
+  return JSON.stringify({ path, seed: plain.seed, seconds: Number(seconds.toFixed(3)), settings: plain });
 }

@@ -22,6 +22,7 @@ import {
   type PartWeights,
   partTitles,
   readWeight,
+  type WeightTensor,
 } from '../weights/checkpoint.ts';
 import type { ProbeTensors } from './probe-tensors.ts';
 import { defined, type SamplingFlags } from './values.ts';
@@ -96,12 +97,18 @@ export interface SampleFlags extends SamplingFlags {
 
 /** `noise` (of variance 1), `context`, `pooled`, `negative_context`, `negative_pooled` -> `latent` */
 export async function probeSample(probe: Probe, flags: SampleFlags): Promise<ProbeOutputs> {
-  const { inputs, runtime, signal } = probe;
+  const { runtime, signal } = probe;
   const weights = partOf(probe, 'transformer');
-  const [{ file }] = [...weights.tensors.values()] as [{ file: { metadata: Record<string, string> } }];
+  const [{ file }] = [...weights.tensors.values()] as [WeightTensor];
   const defaults = modelDefaults(file.metadata, weights.file);
   const { steps = defaults.steps, cfg = defaults.cfg, shift = defaults.shift, slgLayers: layers } = flags;
-  const window = defined({ layers, scale: flags.slgScale, start: flags.slgStart, end: flags.slgEnd, rule: flags.slgRule });
+  const window = defined({
+    layers,
+    scale: flags.slgScale,
+    start: flags.slgStart,
+    end: flags.slgEnd,
+    rule: flags.slgRule,
+  });
 
   const noise = await latentInput('noise', probe, weights.config);
   const positive = await conditioning(probe, weights.config);
@@ -118,7 +125,7 @@ export async function probeSample(probe: Probe, flags: SampleFlags): Promise<Pro
       ...(layers && { skipLayer: { ...defaults.skipLayer, ...window } }),
       signal,
     });
-    let latent = noise.data.map((value) => value * sigmas[0]!);
+    let latent: Float32Array = noise.data.map((value) => value * sigmas[0]!);
     const fresh = samplerNoise(flags.seed ?? 0, latent.length);
     for await (const step of sampler(denoise, latent, sigmas, { noise: fresh, shift, signal })) latent = step.latent;
     return { latent: floats(noise.shape, latent) };
@@ -175,7 +182,10 @@ const MAX_NOISE = 2 ** 28;
 export function probeNoise({ seed, shape }: { readonly seed: number | bigint; readonly shape: readonly number[] }) {
   const count = elementCount(shape);
   if (count > MAX_NOISE) {
-    throw new MmditxError('bad-option', `Noise of shape ${shape.join('x')} has more than ${MAX_NOISE} values; give less.`);
+    throw new MmditxError(
+      'bad-option',
+      `Noise of shape ${shape.join('x')} has more than ${MAX_NOISE} values; give less.`,
+    );
   }
   return { noise: floats(shape, torchGenerator(seed).normal(count)) };
 }

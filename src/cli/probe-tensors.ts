@@ -1,6 +1,6 @@
 /** The tensors a probe is given: found by name, checked against the shapes its part takes, converted. */
 import { MmditxError } from '../errors.ts';
-import { floats, type FloatTensor, type TensorData, toFloat32 } from '../tensor/data.ts';
+import { type FloatTensor, floats, type TensorData, toFloat32 } from '../tensor/data.ts';
 import { fileSource } from '../weights/files.node.ts';
 import { openSafetensors, readTensor } from '../weights/safetensors.ts';
 
@@ -18,6 +18,9 @@ export interface ProbeTensors {
   close(): Promise<void>;
 }
 
+/** Names that a message lists at most. */
+const LISTED_NAMES = 8;
+
 const integerTypes = ['int64', 'int32', 'int16', 'int8', 'uint8'];
 
 /** @throws MmditxError `io`, `bad-file`; its functions throw `missing-part` and `bad-option` */
@@ -31,9 +34,15 @@ export async function openProbeTensors(path: string): Promise<ProbeTensors> {
   const lengths = new Map<string, number>();
 
   const read = async (name: string, expected: ExpectedShape): Promise<TensorData> => {
+    if (!file.tensors.has(name)) {
+      const others = [...file.tensors.keys()].slice(0, LISTED_NAMES).join(', ') || 'none at all';
+      throw new MmditxError('missing-part', `There is no tensor "${name}" in ${path}; it has ${others}.`);
+    }
     const tensor = await readTensor(file, name);
+    const wanted = expected.map((axis) =>
+      lengths.has(String(axis)) ? `${axis} = ${lengths.get(String(axis))}` : axis,
+    );
     if (!fits(tensor.shape, expected, lengths)) {
-      const wanted = expected.map((axis) => (lengths.has(String(axis)) ? `${axis} ${lengths.get(String(axis))}` : axis));
       throw new MmditxError(
         'bad-option',
         `The tensor "${name}" of ${path} has the shape [${tensor.shape.join(', ')}] where [${wanted.join(', ')}] is needed.`,
@@ -55,7 +64,10 @@ export async function openProbeTensors(path: string): Promise<ProbeTensors> {
       }
       const wrong = ids.find((id) => id < 0 || id >= vocabSize);
       if (wrong !== undefined) {
-        throw new MmditxError('bad-option', `The token ${wrong} in ${path} is not in the vocabulary of ${vocabSize}.`);
+        throw new MmditxError(
+          'bad-option',
+          `The ${name} of ${path} hold ${wrong}; this encoder knows 0 to ${vocabSize - 1}.`,
+        );
       }
       return { dtype: 'int32', shape, data: ids };
     },

@@ -4,7 +4,6 @@ import { openFiles } from '../index.node.ts';
 import { nodeRuntime } from '../runtime/node.node.ts';
 import { writeSafetensorsFile } from '../weights/files.node.ts';
 import type { Context } from './context.ts';
-import { requireWritable } from './writable.ts';
 import {
   type Probe,
   type ProbeOutputs,
@@ -19,6 +18,7 @@ import {
 } from './probe-parts.ts';
 import { openProbeTensors } from './probe-tensors.ts';
 import { addDeviceOptions, addSamplingOptions, type DeviceFlags, layers, repeated, seed, shape } from './values.ts';
+import { requireWritable } from './writable.ts';
 
 interface FileFlags extends DeviceFlags {
   readonly model: readonly string[];

@@ -76,6 +76,7 @@ function usageMessage({ code, message }: CommanderError): string {
   const text = message
     .replace(/^error: /, '')
     .replace(/ is invalid\. (.)/, (_, first: string) => ` is invalid: ${first.toLowerCase()}`)
+    .replace(/\. Expected/, ': expected')
     .replace(/\s+/g, ' ')
     .replace(/\.$/, '');
   const remedy = code === 'commander.excessArguments' ? '; put a prompt of several words into quotes' : '';

@@ -101,7 +101,7 @@ export interface DeviceFlags {
 
 export function addDeviceOptions(command: Command): Command {
   return command
-    .addOption(new Option('--device <name>', 'what computes (default: cpu)').choices(DEVICES))
+    .addOption(new Option('--device <name>', 'what computes').choices(DEVICES))
     .option('--threads <count>', 'threads of the CPU (default: its processors)', threads);
 }
 

@@ -1,6 +1,6 @@
 /** Finding out before hours of work whether its result can be written. */
 import { randomUUID } from 'node:crypto';
-import { open, rm, stat } from 'node:fs/promises';
+import { mkdir, open, rm, stat } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { ioError } from '../weights/atomic.node.ts';
 
@@ -20,4 +20,29 @@ export async function requireWritable(path: string): Promise<void> {
   } catch (cause) {
     throw ioError('write', path, cause);
   }
+}
+
+/**
+ * Makes the folder that `path` is to lie in, with those above it. Node's own way of doing that (`recursive`) never ends
+ * on file systems such as /proc, which say that a folder to be made does not exist (Node 20).
+ * @throws MmditxError `io`
+ */
+export async function makeFolderOf(path: string): Promise<void> {
+  await makeFolder(dirname(path)).catch((cause) => {
+    throw ioError('write', path, cause);
+  });
+}
+
+async function makeFolder(folder: string): Promise<void> {
+  const exists = await stat(folder).then(
+    () => true,
+    () => false,
+  );
+  if (exists) return;
+  const parent = dirname(folder);
+  if (parent !== folder) await makeFolder(parent);
+  await mkdir(folder).catch((error: NodeJS.ErrnoException) => {
+    // Another program was faster.
+    if (error.code !== 'EEXIST') throw error;
+  });
 }

@@ -124,6 +124,9 @@ export function completeOptions(options: GenerateOptions, model: ModelFacts): Co
   const wholeSeed = typeof seed === 'bigint' || Number.isSafeInteger(seed);
   require(wholeSeed && seed >= 0 && seed <= MAX_SEED, `The seed is ${seed}; give a whole number from 0 to 2^64 - 1.`);
   require(strength > 0 && strength <= 1, `The strength is ${strength}; it must be above 0 and at most 1.`);
+  const { depth } = model.transformer;
+  const wrong = complete.skipLayerGuidance?.layers.find((layer) => layer < 0 || layer >= depth);
+  require(wrong === undefined, `There is no layer ${wrong} to skip: this model has layers 0 to ${depth - 1}.`);
   require(!mask || initImage, 'A mask needs an initial picture to repaint.');
   const maskFits = !mask || (mask.shape[2] === complete.height && mask.shape[3] === complete.width);
   require(maskFits, `The mask must be ${complete.width}x${complete.height} pixels, the size of the picture.`);

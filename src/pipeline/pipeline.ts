@@ -227,6 +227,12 @@ async function* sample(
   const noise = torchGenerator(seed).normal(elementCount(shape));
   const schedule = (count: number) => scheduleSigmas(scheduler, count, { shift });
   const sigmas = options.initImage ? partialSigmas(schedule, steps, strength, denoiseRule) : schedule(steps);
+  if (sigmas.length < 2) {
+    throw new MmditxError(
+      'bad-option',
+      `A strength of ${strength} leaves none of ${steps} steps to run; raise either.`,
+    );
+  }
   const guided = guidedDenoiser({
     velocity: velocityModel(networks.transformer, positive, negative),
     shape,
@@ -351,7 +357,8 @@ function keepUnmasked(image: RgbImage, original: RgbImage, mask: FloatTensor): R
   return { ...image, data };
 }
 
-function maskImage(mask: FloatTensor): RgbImage {
+/** A mask as the picture whose hash the settings carry. */
+export function maskImage(mask: FloatTensor): RgbImage {
   const [, , height, width] = mask.shape as [number, number, number, number];
   return {
     width,

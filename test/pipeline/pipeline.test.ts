@@ -156,6 +156,13 @@ describe('image to image', () => {
 });
 
 describe('generate refuses in one sentence', () => {
+  it('a strength that leaves no step', async () => {
+    const [initImage] = await sd.generate(options);
+    await expect(sd.generate({ ...options, initImage: initImage!, strength: 1e-20 })).rejects.toThrow(
+      /leaves none of 3/,
+    );
+  });
+
   it.each([
     [{ width: 100 }, /width is 100.*multiples of 16 from 16 to 128 pixels, such as 96/],
     [{ height: 144 }, /height is 144.*such as 128/],

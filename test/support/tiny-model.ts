@@ -16,10 +16,15 @@ export interface TinyModelOptions {
   without?: string;
   /** Puts a NaN into the tensor of this name. */
   broken?: string;
+  /** Side in pixels of pictures whose size is not given (default 32). */
+  side?: number;
 }
 
-/** Writes a whole checkpoint of random weights, tokenizers included, that draws 32 x 32 noise in a moment. */
-export async function writeTinyModel(path: string, { without, broken }: TinyModelOptions = {}): Promise<void> {
+/** Writes a whole checkpoint of random weights, tokenizers included, that draws small pictures of noise in a moment. */
+export async function writeTinyModel(
+  path: string,
+  { without, broken, side = 32 }: TinyModelOptions = {},
+): Promise<void> {
   const clipJson = trainClipTokenizer(CAPTIONS, { vocabularySize: 600 });
   const t5Json = trainT5Tokenizer(CAPTIONS, { vocabularySize: 200 });
   const vocabSize = clipTokenizer(clipJson).end + 1;
@@ -69,6 +74,6 @@ export async function writeTinyModel(path: string, { without, broken }: TinyMode
     ...configMetadata({ transformer, vae, clipL, clipG, t5 }),
     [CLIP_TOKENIZER_KEY]: clipJson,
     [T5_TOKENIZER_KEY]: t5Json,
-    [DEFAULTS_KEY]: JSON.stringify({ width: 32, height: 32, steps: 4, cfg: 3, skipLayers: [1] }),
+    [DEFAULTS_KEY]: JSON.stringify({ width: side, height: side, steps: 4, cfg: 3, skipLayers: [1] }),
   });
 }
