@@ -1,6 +1,6 @@
 /**
- * Makes the small model from nothing but the picture packages: `npm ci && npm run train` in this folder, after
- * `npm ci` in the repository. Killed at any moment, it goes on where it was when started again.
+ * Makes the small model from nothing but the picture packages: `npm install && npm run train` in this folder, after
+ * `npm install` in the repository. Killed at any moment, it goes on where it was when started again.
  */
 
 import { existsSync } from 'node:fs';

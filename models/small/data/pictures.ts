@@ -69,7 +69,7 @@ export interface PictureSource {
  * @throws Error naming the remedy where they are not installed.
  */
 export async function openPictureSource(packageFolder = findPackageFolder()): Promise<PictureSource> {
-  if (packageFolder === undefined) throw new Error('The picture packages are missing; run "npm ci" in models/small.');
+  if (packageFolder === undefined) throw new Error('The picture packages are missing; run "npm install" in models/small.');
   const json = async <T>(path: string): Promise<T> =>
     JSON.parse(await readFile(join(packageFolder, path), 'utf8')) as T;
   const [gradient, flat, noto, flatNames, notoNames] = await Promise.all([
