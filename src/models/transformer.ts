@@ -19,7 +19,7 @@ export interface TransformerPass {
   readonly context: FloatTensor;
   /** [1 or batch, pooledWidth] */
   readonly pooled: FloatTensor;
-  /** Indices of blocks to leave out (skip-layer guidance; SPEC of Stability-AI/sd3.5 `skip_layers`). */
+  /** Indices of blocks to leave out (skip-layer guidance; Stability-AI/sd3.5, `skip_layers`). */
   readonly skipLayers?: readonly number[];
 }
 

@@ -65,7 +65,16 @@ export interface Trainer {
 }
 
 export async function createTrainer(runtime: Runtime, options: TrainerOptions): Promise<Trainer> {
-  const { loss, metrics = {}, values, frozen = () => false, optimizer, clip = 1, averageDecay, averageEvery = 1 } = options;
+  const {
+    loss,
+    metrics = {},
+    values,
+    frozen = () => false,
+    optimizer,
+    clip = 1,
+    averageDecay,
+    averageEvery = 1,
+  } = options;
   const all = leaves({ outputs: { loss } }).parameters;
   const missing = all.find(({ name }) => !values.has(name!));
   if (missing) throw new RangeError(`The parameter ${missing.name} has no initial value.`);

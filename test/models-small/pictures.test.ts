@@ -40,7 +40,7 @@ describe('loadPictures', () => {
 
 const packageFolder = findPackageFolder();
 
-describe.skipIf(packageFolder === undefined)('the picture packages (npm ci in models/small)', () => {
+describe.skipIf(packageFolder === undefined)('the picture packages (npm install in models/small)', () => {
   let source: PictureSource;
   let cacheFolder: string;
   beforeAll(async () => {

@@ -1,7 +1,7 @@
 /**
  * The pictures of the small model: every object of `objects.ts` in four styles, on a transparent ground.
  *
- * They come from npm packages, at the versions pinned in `models/small/package.json` (`npm ci` in that folder):
+ * They come from npm packages, at the versions pinned in `models/small/package.json` (`npm install` in that folder):
  *
  * | style    | package                          | picture        | licence of the art     |
  * |----------|----------------------------------|----------------|------------------------|
@@ -69,7 +69,8 @@ export interface PictureSource {
  * @throws Error naming the remedy where they are not installed.
  */
 export async function openPictureSource(packageFolder = findPackageFolder()): Promise<PictureSource> {
-  if (packageFolder === undefined) throw new Error('The picture packages are missing; run "npm install" in models/small.');
+  if (packageFolder === undefined)
+    throw new Error('The picture packages are missing; run "npm install" in models/small.');
   const json = async <T>(path: string): Promise<T> =>
     JSON.parse(await readFile(join(packageFolder, path), 'utf8')) as T;
   const [gradient, flat, noto, flatNames, notoNames] = await Promise.all([
