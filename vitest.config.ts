@@ -7,5 +7,6 @@ export default defineConfig({
     // Two workers: the runtime's own threads already fill a small machine.
     maxWorkers: 2,
     testTimeout: 60_000,
+    hookTimeout: 60_000,
   },
 });

@@ -29,7 +29,11 @@ export interface LoadOptions extends WebRuntimeOptions {
  */
 export async function load(files: Blob | readonly Blob[], options: LoadOptions = {}): Promise<StableDiffusion> {
   const blobs = files instanceof Blob ? [files] : files;
-  const sources = blobs.map((blob, i) => blobSource(blob, blob instanceof File ? blob.name : `file ${i + 1}`));
+  const names = blobs.map((blob, i) => (blob instanceof File ? blob.name : `file ${i + 1}`));
+  // The files of one model may share a name, such as model.safetensors.
+  const sources = blobs.map((blob, i) =>
+    blobSource(blob, names.indexOf(names[i]!) === i ? names[i]! : `${names[i]} (${i + 1})`),
+  );
   const checkpoint = await openCheckpoint(sources);
   const bytes = new Map<string, Uint8Array>();
   for (const [i, { name }] of sources.entries()) bytes.set(name, new Uint8Array(await blobs[i]!.arrayBuffer()));

@@ -1,5 +1,6 @@
 /** Puts the trained parts into one file in the official layout, in half precision, with tokenizers and settings. */
 
+import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { fitPreviewFactors, type PreviewFactors } from '../../src/image/preview.ts';
 import { openFiles } from '../../src/index.node.ts';
@@ -42,7 +43,9 @@ export async function finishModel(stage: Stage, path = MODEL_FILE): Promise<void
   put(`${PREFIXES.transformer}.pos_embed`, positionTable(TRANSFORMER, GRID));
   for (const [name, tensor] of await averages(stateFile(stage))) put(name, tensor);
   for (const [name, tensor] of await readAll(VAE_FILE)) put(name, tensor);
-  const decoder = await averages(join(CACHE, `${DECODER_STAGE.name}.state.safetensors`)).catch(() => new Map());
+  // The refined decoder, once its stage has begun.
+  const decoderState = join(CACHE, `${DECODER_STAGE.name}.state.safetensors`);
+  const decoder = existsSync(decoderState) ? await averages(decoderState) : [];
   for (const [name, tensor] of decoder) put(`${VAE_PREFIX}${name}`, tensor);
 
   const metadata = {

@@ -35,11 +35,12 @@ interface Score {
   readonly heldOut: { readonly pictures: number; readonly top1: number; readonly top5: number };
 }
 
-/** Draws the sheet with each guidance scale; writes `sheet-cfg<scale>.png` and `sheet.json`. */
+/** Draws the sheet with each guidance scale; writes `sheet.png`, without guidance `sheet-unguided.png`, and `sheet.json`. */
 export async function drawSheet(options: SheetOptions = {}): Promise<void> {
   const { model = MODEL_FILE, folder = join(FOLDER, 'sheet') } = options;
   await mkdir(folder, { recursive: true });
-  const sd = await load(model);
+  // One device, so that the figures can be repeated.
+  const sd = await load(model, { device: 'cpu' });
   const { size = sd.defaults.width, scales = [1, sd.defaults.cfg], steps = sd.defaults.steps } = options;
   const pictures = await loadPictures({ size, cacheFolder: CACHE });
   const scores: Score[] = [];
@@ -53,7 +54,7 @@ export async function drawSheet(options: SheetOptions = {}): Promise<void> {
       const library = buildLibrary(pictures, background);
       ranks.push(rankOf(objectIndex, rankObjects(tensorFromImage(image!).data, size, size, library)));
     }
-    await writeSheet(images, size, join(folder, `sheet-cfg${cfg}.png`));
+    await writeSheet(images, size, join(folder, cfg === 1 ? 'sheet-unguided.png' : 'sheet.png'));
     const score = scoreOf(ranks, size, cfg);
     scores.push(score);
     console.log(

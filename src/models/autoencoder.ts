@@ -5,7 +5,7 @@ import { elementCount, type FloatTensor, floats } from '../tensor/index.ts';
 import type { PartWeights } from '../weights/checkpoint.ts';
 import { bindWeights } from './bind.ts';
 import { LOG_VARIANCE_RANGE, type VaeConfig } from './config.ts';
-import { lazily } from './text-encoders.ts';
+import { lazily } from './lazily.ts';
 import { decode, encodeMoments, imageInput, latentInput } from './vae.ts';
 
 export interface Autoencoder {

@@ -1,11 +1,12 @@
 /** Running the text encoders. */
 
-import type { Executable, RunOptions, Runtime } from '../runtime/runtime.ts';
+import type { RunOptions, Runtime } from '../runtime/runtime.ts';
 import type { FloatTensor, TensorData } from '../tensor/index.ts';
 import type { PartWeights } from '../weights/checkpoint.ts';
 import { bindWeights } from './bind.ts';
 import { clip, clipInputs, endOfText } from './clip.ts';
 import type { ClipConfig, T5Config } from './config.ts';
+import { lazily } from './lazily.ts';
 import { relativeBuckets, t5Encoder, t5Inputs } from './t5.ts';
 
 export interface ClipEncoder {
@@ -61,22 +62,6 @@ export function loadT5(runtime: Runtime, part: PartWeights<T5Config>, bytes?: By
     async encode(ids, options) {
       const buckets = relativeBuckets(ids.shape[1]!, config);
       return (await (await network.get()).run({ ids, buckets }, options)).hidden as FloatTensor;
-    },
-  };
-}
-
-/** An executable compiled when first asked for, and again when asked for after it was disposed of. */
-export function lazily(compile: () => Promise<Executable>): { get(): Promise<Executable>; dispose(): Promise<void> } {
-  let compiled: Promise<Executable> | undefined;
-  return {
-    get() {
-      compiled ??= compile();
-      return compiled;
-    },
-    async dispose() {
-      const old = compiled;
-      compiled = undefined;
-      await (await old)?.dispose();
     },
   };
 }

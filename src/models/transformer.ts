@@ -5,12 +5,13 @@
  */
 
 import { MmditxError } from '../errors.ts';
-import type { Executable, RunOptions, Runtime } from '../runtime/runtime.ts';
+import type { RunOptions, Runtime } from '../runtime/runtime.ts';
 import type { FloatTensor } from '../tensor/index.ts';
 import type { PartWeights } from '../weights/checkpoint.ts';
 import { batchItems, joinBatches, repeatTo } from './batches.ts';
 import { bindWeights } from './bind.ts';
 import type { TransformerConfig } from './config.ts';
+import { type Lazy, lazily, oneAtATime } from './lazily.ts';
 import { centreCorner, mmditxSegment, stageCount, stageOf, timestepEmbedding } from './mmditx.ts';
 
 /** One evaluation of the model on the latent at hand. */
@@ -56,20 +57,22 @@ export function loadTransformer(
   const bound = bindWeights(part, bytes);
   /** Stages where the network is cut, so that the ranges between them run apart. */
   let cuts = [0, stageCount(config)];
-  let segments = new Map<number, Promise<Executable>>();
+  let segments = new Map<number, Lazy>();
+  // A pass that cuts the network elsewhere must not do so under one that is running.
+  const inTurn = oneAtATime();
 
-  const segmentFrom = (start: number): Promise<Executable> => {
+  const segmentFrom = (start: number): Lazy => {
     const known = segments.get(start);
     if (known) return known;
     const end = cuts[cuts.indexOf(start) + 1]!;
-    const compiled = runtime.compile(mmditxSegment(config, bound.weights, start, end), bound);
-    segments.set(start, compiled);
-    return compiled;
+    const segment = lazily(() => runtime.compile(mmditxSegment(config, bound.weights, start, end), bound));
+    segments.set(start, segment);
+    return segment;
   };
   const dispose = async () => {
-    const compiled = [...segments.values()];
+    const loaded = [...segments.values()];
     segments = new Map();
-    await Promise.all(compiled.map(async (segment) => (await segment).dispose()));
+    await Promise.all(loaded.map((segment) => segment.dispose()));
   };
   /** Cuts the network before and after every run of skipped layers. */
   const cutAround = async (layers: readonly number[]) => {
@@ -85,54 +88,61 @@ export function loadTransformer(
 
   return {
     config,
-    dispose,
-    async velocities(latent, timesteps, passes, options = {}) {
-      for (const { skipLayers } of passes) requireLayers(config, skipLayers ?? []);
-      await cutAround([...new Set(passes.flatMap(({ skipLayers }) => skipLayers ?? []))]);
-      const [batch, , height, width] = latent.shape as [number, number, number, number];
-      const [rows, columns] = [height / config.patchSize, width / config.patchSize];
-      const corner = centreCorner(config.tableSize, rows, columns);
-      const timestep = repeatTo(timestepEmbedding(timesteps, config.timestepWidth), batch);
-      const starts = cuts.slice(0, -1);
-
-      const inputsOf = (group: readonly TransformerPass[]): Flow => ({
-        latent: joinBatches(group.map(() => latent)),
-        timestep: joinBatches(group.map(() => timestep)),
-        context: joinBatches(group.map(({ context }) => repeatTo(context, batch))),
-        pooled: joinBatches(group.map(({ pooled }) => repeatTo(pooled, batch))),
-      });
-      const run = async (start: number, flow: Flow): Promise<Flow> => {
-        options.signal?.throwIfAborted();
-        return (await (await segmentFrom(start)).run({ ...flow, corner }, options)) as Flow;
-      };
-
-      const results = new Map<TransformerPass, FloatTensor>();
-      // The streams of complete passes before each segment, for the passes that skip layers of them.
-      const streams = new Map<TransformerPass, Map<number, Flow>>();
-      const complete = passes.filter(({ skipLayers }) => !skipLayers?.length);
-      for (const group of batches(complete, batch * rows * columns)) {
-        let flow = inputsOf(group);
-        for (const pass of group) streams.set(pass, new Map());
-        for (const start of starts) {
-          for (const [i, pass] of group.entries()) streams.get(pass)!.set(start, itemsOf(flow, i * batch, batch));
-          flow = await run(start, flow);
-        }
-        for (const [i, pass] of group.entries()) results.set(pass, batchItems(flow.velocity!, i * batch, batch));
-      }
-      for (const pass of passes) {
-        const skipped = (pass.skipLayers ?? []).map(stageOf);
-        if (skipped.length === 0) continue;
-        const whole = complete.find(({ context, pooled }) => context === pass.context && pooled === pass.pooled);
-        const from = whole ? starts.findLast((start) => start <= Math.min(...skipped))! : 0;
-        let flow = whole ? streams.get(whole)!.get(from)! : inputsOf([pass]);
-        for (const start of starts) {
-          if (start >= from && !skipped.includes(start)) flow = await run(start, flow);
-        }
-        results.set(pass, flow.velocity!);
-      }
-      return passes.map((pass) => results.get(pass)!);
-    },
+    dispose: () => inTurn(dispose),
+    velocities: (latent, timesteps, passes, options) => inTurn(() => evaluate(latent, timesteps, passes, options)),
   };
+
+  async function evaluate(
+    latent: FloatTensor,
+    timesteps: ArrayLike<number>,
+    passes: readonly TransformerPass[],
+    options: RunOptions = {},
+  ): Promise<FloatTensor[]> {
+    for (const { skipLayers } of passes) requireLayers(config, skipLayers ?? []);
+    await cutAround([...new Set(passes.flatMap(({ skipLayers }) => skipLayers ?? []))]);
+    const [batch, , height, width] = latent.shape as [number, number, number, number];
+    const [rows, columns] = [height / config.patchSize, width / config.patchSize];
+    const corner = centreCorner(config.tableSize, rows, columns);
+    const timestep = repeatTo(timestepEmbedding(timesteps, config.timestepWidth), batch);
+    const starts = cuts.slice(0, -1);
+
+    const inputsOf = (group: readonly TransformerPass[]): Flow => ({
+      latent: joinBatches(group.map(() => latent)),
+      timestep: joinBatches(group.map(() => timestep)),
+      context: joinBatches(group.map(({ context }) => repeatTo(context, batch))),
+      pooled: joinBatches(group.map(({ pooled }) => repeatTo(pooled, batch))),
+    });
+    const run = async (start: number, flow: Flow): Promise<Flow> => {
+      options.signal?.throwIfAborted();
+      return (await (await segmentFrom(start).get()).run({ ...flow, corner }, options)) as Flow;
+    };
+
+    const results = new Map<TransformerPass, FloatTensor>();
+    // The streams of complete passes before each segment, for the passes that skip layers of them.
+    const streams = new Map<TransformerPass, Map<number, Flow>>();
+    const complete = passes.filter(({ skipLayers }) => !skipLayers?.length);
+    for (const group of batches(complete, batch * rows * columns)) {
+      let flow = inputsOf(group);
+      for (const pass of group) streams.set(pass, new Map());
+      for (const start of starts) {
+        for (const [i, pass] of group.entries()) streams.get(pass)!.set(start, itemsOf(flow, i * batch, batch));
+        flow = await run(start, flow);
+      }
+      for (const [i, pass] of group.entries()) results.set(pass, batchItems(flow.velocity!, i * batch, batch));
+    }
+    for (const pass of passes) {
+      const skipped = (pass.skipLayers ?? []).map(stageOf);
+      if (skipped.length === 0) continue;
+      const whole = complete.find(({ context, pooled }) => context === pass.context && pooled === pass.pooled);
+      const from = whole ? starts.findLast((start) => start <= Math.min(...skipped))! : 0;
+      let flow = whole ? streams.get(whole)!.get(from)! : inputsOf([pass]);
+      for (const start of starts) {
+        if (start >= from && !skipped.includes(start)) flow = await run(start, flow);
+      }
+      results.set(pass, flow.velocity!);
+    }
+    return passes.map((pass) => results.get(pass)!);
+  }
 }
 
 /** Passes that can run as one batch: of equal text length, and not too many tokens together. */

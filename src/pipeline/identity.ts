@@ -16,7 +16,7 @@ const SAMPLE_BYTES = 64 * 1024;
  */
 export async function modelIdentity({ files }: Checkpoint): Promise<{ name: string; hash: string }> {
   const pieces: Uint8Array[] = [];
-  for (const { source } of files) {
+  for (const { source } of files.toSorted((a, b) => (a.source.name < b.source.name ? -1 : 1))) {
     const start = await readExactly(source, 0, LENGTH_BYTES);
     const length = Number(new DataView(start.buffer, start.byteOffset).getBigUint64(0, true));
     pieces.push(await readExactly(source, LENGTH_BYTES, length), new TextEncoder().encode(`${source.size}\n`));

@@ -49,6 +49,11 @@ export interface GenerateOptions {
   longPrompt?: 'chunk' | 'truncate';
   /** Number of T5 tokens (default at least 77, as ComfyUI; diffusers uses `{ length: 256 }`). */
   t5Tokens?: NonNullable<TokenOptions['t5Tokens']>;
+  /**
+   * What stands for T5's tokens when the model has no T5: nothing (`omit`, ComfyUI, default) or this many zeros
+   * (Stability's code: 77, diffusers: 256).
+   */
+  missingT5?: 'omit' | number;
   /** Stops between two steps; the call rejects with the signal's reason. */
   signal?: AbortSignal;
 }
@@ -94,7 +99,7 @@ export function completeOptions(options: GenerateOptions, model: ModelFacts): Co
     shift: options.shift ?? defaults.shift,
     seed: options.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]!,
     batchSize: options.batchSize ?? 1,
-    skipLayerGuidance: guidance ? { ...defaults.skipLayer, ...(guidance === true ? {} : guidance) } : undefined,
+    skipLayerGuidance: guidance ? { ...defaults.skipLayer, ...definedMembers(guidance) } : undefined,
     initImage,
     strength: options.strength ?? (initImage ? defaults.denoise : 1),
     denoiseRule: options.denoiseRule ?? defaults.denoiseRule,
@@ -102,11 +107,13 @@ export function completeOptions(options: GenerateOptions, model: ModelFacts): Co
     promptSyntax: options.promptSyntax ?? 'a1111',
     longPrompt: options.longPrompt ?? 'chunk',
     t5Tokens: options.t5Tokens ?? { minimum: model.t5Tokens },
+    missingT5: options.missingT5 ?? 'omit',
     signal: options.signal,
   };
   checkSize(complete, model);
   const { steps, batchSize, seed, cfg, sampler, scheduler, strength, mask } = complete;
   require(typeof complete.prompt === 'string', 'The prompt must be a text.');
+  require(typeof complete.negativePrompt === 'string', 'The negative prompt must be a text.');
   require(Number.isInteger(steps) &&
     steps >= 1 &&
     steps <= MAX_STEPS, `The number of steps is ${steps}; give 1 to ${MAX_STEPS}.`);
@@ -124,13 +131,45 @@ export function completeOptions(options: GenerateOptions, model: ModelFacts): Co
   const wholeSeed = typeof seed === 'bigint' || Number.isSafeInteger(seed);
   require(wholeSeed && seed >= 0 && seed <= MAX_SEED, `The seed is ${seed}; give a whole number from 0 to 2^64 - 1.`);
   require(strength > 0 && strength <= 1, `The strength is ${strength}; it must be above 0 and at most 1.`);
-  const { depth } = model.transformer;
-  const wrong = complete.skipLayerGuidance?.layers.find((layer) => layer < 0 || layer >= depth);
-  require(wrong === undefined, `There is no layer ${wrong} to skip: this model has layers 0 to ${depth - 1}.`);
+  checkGuidance(complete.skipLayerGuidance, model.transformer);
+  const { denoiseRule, longPrompt, promptSyntax, missingT5 } = complete;
+  requireOneOf('denoise rule', denoiseRule, ['stability', 'comfyui', 'diffusers']);
+  requireOneOf('way with long prompts', longPrompt, ['chunk', 'truncate']);
+  requireOneOf('prompt syntax', promptSyntax, ['comfy', 'a1111', 'none']);
+  const zeros = missingT5 === 'omit' || (Number.isInteger(missingT5) && missingT5 >= 1 && missingT5 <= MAX_T5_ZEROS);
+  require(zeros, `Zeros for a missing T5 are ${missingT5}; give "omit" or a number from 1 to ${MAX_T5_ZEROS}.`);
   require(!mask || initImage, 'A mask needs an initial picture to repaint.');
-  const maskFits = !mask || (mask.shape[2] === complete.height && mask.shape[3] === complete.width);
+  const pixels = complete.width * complete.height;
+  require(!initImage || initImage.data.length === 3 * pixels, 'The initial picture must have three bytes a pixel.');
+  const maskFits =
+    !mask || (mask.data.length === pixels && mask.shape[2] === complete.height && mask.shape[3] === complete.width);
   require(maskFits, `The mask must be ${complete.width}x${complete.height} pixels, the size of the picture.`);
   return complete;
+}
+
+/** Most zeros for a missing T5: its longest published length is 512. */
+const MAX_T5_ZEROS = 512;
+
+function checkGuidance(guidance: SkipLayerGuidance | undefined, { depth }: TransformerConfig): void {
+  if (!guidance) return;
+  const { layers, scale, start, end, rule } = guidance;
+  const wrong = layers.find((layer) => !Number.isInteger(layer) || layer < 0 || layer >= depth);
+  require(wrong === undefined, `There is no layer ${wrong} to skip: this model has layers 0 to ${depth - 1}.`);
+  require(Number.isFinite(scale) && scale >= 0, `The skip-layer scale is ${scale}; it must be 0 or more.`);
+  require(start >= 0 &&
+    start <= end &&
+    end <= 1, `The skip-layer window is ${start} to ${end}; it must lie within 0 to 1, the start first.`);
+  requireOneOf('rule of the skip-layer window', rule, ['steps', 'sigma']);
+}
+
+/** The members that have a value, to lay over defaults. */
+function definedMembers(guidance: true | Partial<SkipLayerGuidance>): Partial<SkipLayerGuidance> {
+  if (guidance === true) return {};
+  return Object.fromEntries(Object.entries(guidance).filter(([, value]) => value !== undefined));
+}
+
+function requireOneOf(what: string, value: string, choices: readonly string[]): void {
+  require(choices.includes(value), `There is no ${what} "${value}"; choose one of ${choices.join(', ')}.`);
 }
 
 function checkSize({ width, height, initImage }: CompleteOptions, { transformer, vae }: ModelFacts): void {

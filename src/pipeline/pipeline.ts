@@ -117,7 +117,13 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
   const [{ file: vaeFile }] = [...parts.vae!.tensors.values()] as [WeightTensor];
   let previewFactors: PreviewFactors | undefined = storedPreviewFactors(vaeFile.metadata, parts.vae!.file);
 
+  let disposed = false;
+  const requireModel = () => {
+    if (disposed) throw new MmditxError('bad-option', 'This model has been disposed of; load it again.');
+  };
+
   async function* draw(options: GenerateOptions): AsyncGenerator<GenerationEvent, void> {
+    requireModel();
     const complete = completeOptions(options, { ...facts, t5Tokens: facts.t5Tokens || 1 });
     for (const message of missingEncoders(networks)) yield { type: 'warning', message };
     const { warnings, positive, negative } = await conditioningOf(networks, encoders, complete);
@@ -135,6 +141,7 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
     };
     let latent: Float32Array | undefined;
     for await (const step of sample(networks, complete, latentShape, positive, negative)) {
+      requireModel();
       latent = step.latent;
       const { step: done, steps, sigmaNext: sigma, denoised } = step;
       yield { type: 'step', step: done, steps, sigma, preview: preview(denoised) };
@@ -163,6 +170,7 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
       return images;
     },
     async dispose() {
+      disposed = true;
       await Promise.all(Object.values(networks).map((network) => network?.dispose()));
     },
   };
@@ -203,7 +211,7 @@ async function conditioningOf(
   const encoders: Encoders = { clipL, clipG, t5, contextWidth, pooledWidth };
   const tokenOptions = { syntax: options.promptSyntax, longPrompt: options.longPrompt, t5Tokens: options.t5Tokens };
   const encode = (tokens: ReturnType<typeof tokenizePrompt>) =>
-    encodePrompt(tokens, encoders, { signal: options.signal });
+    encodePrompt(tokens, encoders, { signal: options.signal, missingT5: options.missingT5 });
   const positiveTokens = tokenizePrompt(options.prompt, textEncoders, tokenOptions);
   const positive = await encode(positiveTokens);
   if (options.cfg === 1) return { warnings: [...positiveTokens.warnings], positive, negative: positive };

@@ -93,6 +93,21 @@ describe('generate', () => {
     expect(events.flatMap((event) => (event.type === 'step' ? [event.step] : []))).toEqual([1, 2, 3]);
   });
 
+  it('draws two pictures at once, one of them with skip-layer guidance', async () => {
+    const guided = { skipLayerGuidance: { start: 0, end: 1 } };
+    const apart = [await pixels(), await pixels(guided)];
+    expect(await Promise.all([pixels(), pixels(guided)])).toEqual(apart);
+  });
+
+  it('stops when the model is disposed of, and does not load it again', async () => {
+    const model = await load(join(folder, 'tiny.safetensors'));
+    const drawing = model.generate({ ...options, steps: 50 }, (event) => {
+      if (event.type === 'step' && event.step === 2) void model.dispose();
+    });
+    await expect(drawing).rejects.toThrow(/disposed of/);
+    await expect(model.generate(options)).rejects.toThrow(/disposed of/);
+  });
+
   it('stops between two steps when its signal says so', async () => {
     const stop = new AbortController();
     const steps: number[] = [];
@@ -176,6 +191,10 @@ describe('generate refuses in one sentence', () => {
     [{ prompt: 'fox '.repeat(30_000) }, /prompt has 120000 characters/],
     [{ mask: leftHalf(32) }, /needs an initial picture/],
     [{ sampler: 'ddim' as 'euler' }, /no sampler "ddim"; choose one of euler/],
+    [{ skipLayerGuidance: { start: 0.5, end: 0.2 } }, /window is 0.5 to 0.2/],
+    [{ skipLayerGuidance: { rule: 'time' as 'steps' } }, /no rule of the skip-layer window "time"/],
+    [{ longPrompt: 'cut' as 'chunk' }, /no way with long prompts "cut"/],
+    [{ missingT5: 0 }, /missing T5 are 0/],
     [{ skipLayerGuidance: { layers: [3], start: 0, end: 1 } }, /no layer 3 to skip.*0 to 2/],
   ] satisfies [Partial<GenerateOptions>, RegExp][])('case %#', async (changed, message) => {
     await expect(sd.generate({ ...options, ...changed })).rejects.toThrow(message);
