@@ -129,6 +129,11 @@ Examples:
       if (flags.mask !== undefined && flags.initImage === undefined) {
         throw new MmditxError('bad-option', 'A mask needs a picture to repaint; give it with --init-image.');
       }
+      const redraws = flags.initImage !== undefined || flags.from !== undefined;
+      if (!redraws && (flags.strength !== undefined || flags.denoiseRule !== undefined)) {
+        const flag = flags.strength === undefined ? '--denoise-rule' : '--strength';
+        throw new MmditxError('bad-option', `${flag} needs a picture to redraw; give it with --init-image.`);
+      }
       const progress = createProgress(context.stderr, { quiet: flags.quiet });
       try {
         await generate(prompt, flags, context, progress);

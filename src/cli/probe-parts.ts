@@ -122,7 +122,8 @@ export async function probeSample(probe: Probe, flags: SampleFlags): Promise<Pro
       cfg,
       steps,
       shift,
-      ...(layers && { skipLayer: { ...defaults.skipLayer, ...window } }),
+      // As in generate, any option of skip-layer guidance switches it on.
+      ...(Object.keys(window).length > 0 && { skipLayer: { ...defaults.skipLayer, ...window } }),
       signal,
     });
     let latent: Float32Array = noise.data.map((value) => value * sigmas[0]!);
