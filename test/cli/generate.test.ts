@@ -186,7 +186,7 @@ describe('generate refuses in one sentence', () => {
     'steps that are none': [['a fox', '--steps', '0'], /steps is 0/],
     'a seed beyond 64 bits': [['a fox', '--seed', '18446744073709551616'], /seed is 18446744073709551616/],
     'a strength above 1': [
-      ['a fox', '--init-image', 'models/small/sheet/sheet.png', '--strength', '1.5'],
+      ['a fox', '--init-image', 'models/small/sheet/sheet.png', '--size', '32x32', '--strength', '1.5'],
       /strength is 1.5/,
     ],
     'layers that are not there': [['a fox', '--slg', '9', '--slg-end', '1'], /no layer 9.*0 to 2/],
