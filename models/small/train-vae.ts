@@ -79,7 +79,7 @@ export const VAE_STAGE: VaeStage = {
 };
 export const DECODER_STAGE: VaeStage = {
   name: 'decoder',
-  steps: Number(process.env.DECODER_STEPS ?? 2000),
+  steps: Number(process.env.DECODER_STEPS ?? 4000),
   learningRate: 1e-3,
   trains: (name) => name.startsWith('decoder.'),
 };
