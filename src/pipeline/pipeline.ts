@@ -6,7 +6,7 @@ import { encodePng } from '../image/png.ts';
 import { fitPreviewFactors, type PreviewFactors, previewImage } from '../image/preview.ts';
 import { type GenerationSettings, settingsText } from '../image/settings.ts';
 import { type Autoencoder, latentOf, loadAutoencoder } from '../models/autoencoder.ts';
-import { vaeDownscale } from '../models/config.ts';
+import { T5_DEFAULT_TOKENS, vaeDownscale } from '../models/config.ts';
 import { type ClipEncoder, loadClip, loadT5, type T5Encoder } from '../models/text-encoders.ts';
 import { loadTransformer, type Transformer } from '../models/transformer.ts';
 import type { Runtime } from '../runtime/runtime.ts';
@@ -209,7 +209,10 @@ async function conditioningOf(
 ): Promise<{ warnings: string[]; positive: Conditioning; negative: Conditioning }> {
   const { contextWidth, pooledWidth } = transformer.config;
   const encoders: Encoders = { clipL, clipG, t5, contextWidth, pooledWidth };
-  const tokenOptions = { syntax: options.promptSyntax, longPrompt: options.longPrompt, t5Tokens: options.t5Tokens };
+  // A model that states a length of its own was trained with that; the released ones with 77 and 256 tokens.
+  const own = t5 && t5.config.tokens !== T5_DEFAULT_TOKENS ? { trainedT5Tokens: t5.config.tokens } : {};
+  const { promptSyntax: syntax, longPrompt, t5Tokens } = options;
+  const tokenOptions = { syntax, longPrompt, t5Tokens, ...own };
   const encode = (tokens: ReturnType<typeof tokenizePrompt>) =>
     encodePrompt(tokens, encoders, { signal: options.signal, missingT5: options.missingT5 });
   const positiveTokens = tokenizePrompt(options.prompt, textEncoders, tokenOptions);

@@ -50,6 +50,8 @@ export interface TokenOptions {
    * Stability's code, default 77); `length` pads or cuts every prompt to it (diffusers: 256, at most 512).
    */
   readonly t5Tokens?: { readonly minimum: number } | { readonly length: number };
+  /** The most T5 tokens that the model was trained with; more give a warning. Default 256, SD3.5 Medium's. */
+  readonly trainedT5Tokens?: number;
 }
 
 /** One row of an encoder's input. Start, end and padding have weight 1. */
@@ -84,7 +86,12 @@ export interface PromptTokens {
 export function tokenizePrompt(
   prompt: string | EncoderPrompts,
   encoders: TextEncoders,
-  { syntax = 'comfy', longPrompt = 'chunk', t5Tokens = { minimum: defaultT5Minimum } }: TokenOptions = {},
+  {
+    syntax = 'comfy',
+    longPrompt = 'chunk',
+    t5Tokens = { minimum: defaultT5Minimum },
+    trainedT5Tokens = longestTrainedT5,
+  }: TokenOptions = {},
 ): PromptTokens {
   const texts = typeof prompt === 'string' ? { clipL: prompt, clipG: prompt, t5: prompt } : prompt;
   const { clipL: encoderL, clipG: encoderG, t5: encoderT5 } = encoders;
@@ -95,9 +102,9 @@ export function tokenizePrompt(
   const rowCount = Math.max(clipL?.rows.length ?? 0, clipG?.rows.length ?? 0);
   const warnings = cutWarnings([clipL?.cut, clipG?.cut, t5?.cut]);
   const t5Length = t5?.rows[0]?.ids.length ?? 0;
-  if (t5Length > longestTrainedT5) {
+  if (t5Length > trainedT5Tokens) {
     warnings.push(
-      `T5 gets ${t5Length} tokens: beyond ${longestTrainedT5}, Stable Diffusion 3.5 Medium may draw artifacts at the edges.`,
+      `T5 gets ${t5Length} tokens: beyond ${trainedT5Tokens}, this model was not trained and may draw artifacts at the edges.`,
     );
   }
   return {

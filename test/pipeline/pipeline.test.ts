@@ -126,6 +126,14 @@ describe('generate', () => {
     expect(found).toEqual({ source: 'mmditx', settings: image!.settings });
   });
 
+  it('says when T5 gets more tokens than the model was trained with', async () => {
+    const messages: string[] = [];
+    await sd.generate({ ...options, prompt: 'a red fox and '.repeat(12) }, (event) => {
+      if (event.type === 'warning') messages.push(event.message);
+    });
+    expect(messages.join(' ')).toMatch(/beyond 16, this model was not trained/);
+  });
+
   it('says which words were cut', async () => {
     const messages: string[] = [];
     const prompt = `a red fox ${'and a dog '.repeat(12)}by the sea`;

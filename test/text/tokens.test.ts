@@ -139,7 +139,7 @@ describe('tokenizePrompt', () => {
       const onlyT5 = { t5: small.t5! };
       expect(tokenizePrompt(sentence(255), onlyT5).warnings).toEqual([]);
       expect(tokenizePrompt(sentence(256), onlyT5).warnings).toEqual([
-        'T5 gets 257 tokens: beyond 256, Stable Diffusion 3.5 Medium may draw artifacts at the edges.',
+        'T5 gets 257 tokens: beyond 256, this model was not trained and may draw artifacts at the edges.',
       ]);
       expect(tokenizePrompt('one', onlyT5, { t5Tokens: { length: 512 } }).warnings[0]).toContain('T5 gets 512 tokens');
     });
