@@ -29,13 +29,3 @@ export function lazily(compile: () => Promise<Executable>): Lazy {
     },
   };
 }
-
-/** Runs pieces of work one after the other, in the order they were handed in. */
-export function oneAtATime(): <Result>(work: () => Promise<Result>) => Promise<Result> {
-  let last: Promise<unknown> = Promise.resolve();
-  return (work) => {
-    const result = last.then(work);
-    last = result.catch(() => undefined);
-    return result;
-  };
-}

@@ -6,12 +6,13 @@
 
 import { MmditxError } from '../errors.ts';
 import type { RunOptions, Runtime } from '../runtime/runtime.ts';
+import { oneAtATime } from '../runtime/turns.ts';
 import type { FloatTensor } from '../tensor/index.ts';
 import type { PartWeights } from '../weights/checkpoint.ts';
 import { batchItems, joinBatches, repeatTo } from './batches.ts';
 import { bindWeights } from './bind.ts';
 import type { TransformerConfig } from './config.ts';
-import { type Lazy, lazily, oneAtATime } from './lazily.ts';
+import { type Lazy, lazily } from './lazily.ts';
 import { centreCorner, mmditxSegment, stageCount, stageOf, timestepEmbedding } from './mmditx.ts';
 
 /** One evaluation of the model on the latent at hand. */

@@ -2,6 +2,7 @@
 
 import type { Env, InferenceSession } from 'onnxruntime-common';
 import { createRuntime, type Runtime, unavailable, webgpuProvider } from './runtime.ts';
+import { oneAtATime } from './turns.ts';
 
 export interface WebRuntimeOptions {
   /** Default: `webgpu` where the browser has a graphics device that works and is not imitated in software, else `cpu`. */
@@ -72,15 +73,6 @@ async function start(device: 'cpu' | 'webgpu', { threads, wasmPaths }: WebRuntim
  * run one at a time.
  */
 const turns = { cpu: oneAtATime(), webgpu: oneAtATime() };
-
-function oneAtATime(): <T>(work: () => Promise<T>) => Promise<T> {
-  let last: Promise<unknown> = Promise.resolve();
-  return (work) => {
-    const result = last.then(work);
-    last = result.catch(() => {});
-    return result;
-  };
-}
 
 async function graphicsAdapter(): Promise<GPUAdapter | undefined> {
   const gpu: GPU | undefined = globalThis.navigator?.gpu;
