@@ -1,9 +1,10 @@
 """A plain PyTorch MMDiT-X, for measuring against and nothing else: the project itself needs no Python.
 
 Reads one JSON request a line from standard input and answers with one line each:
-  {"op": "load", "file": PATH}                              weights (float32) of a safetensors file
+  {"op": "load", "file": PATH, "dtype": "bfloat16"}         weights of a safetensors file (float32 without a dtype)
   {"op": "golden", "file": PATH}                            largest errors on golden inputs and outputs
   {"op": "forward", "inputs": {...}, "calls": N}            seconds of each call, and the velocity
+  {"op": "memory"}                                          largest resident set so far, in bytes
   {"op": "train", "batch": {...}, "calls": N, "rate": R}    seconds and loss of each step of AdamW
 Tensors are {"shape": [...], "values": base64 of float32}. Argument: number of threads.
 """
@@ -11,7 +12,9 @@ Tensors are {"shape": [...], "values": base64 of float32}. Argument: number of t
 import base64
 import json
 import math
+import mmap
 import re
+import resource
 import struct
 import sys
 import time
@@ -23,18 +26,19 @@ PREFIX = "model.diffusion_model."
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def read_safetensors(path):
+def read_safetensors(path, dtype=torch.float32, prefix=""):
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
-        data = bytearray(file.read())
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {}
     for name, entry in header.items():
-        if name == "__metadata__" or entry["dtype"] not in DTYPES:
+        if name == "__metadata__" or entry["dtype"] not in DTYPES or not name.startswith(prefix):
             continue
         count = math.prod(entry["shape"])
-        flat = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]], count=count, offset=entry["data_offsets"][0])
-        tensors[name] = flat.reshape(entry["shape"]).float()
+        offset = 8 + length + entry["data_offsets"][0]
+        flat = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]], count=count, offset=offset)
+        tensors[name] = flat.reshape(entry["shape"]).to(dtype, copy=True)
     return tensors
 
 
@@ -98,7 +102,8 @@ class Mmditx:
         top, left = (side - rows) // 2, (side - columns) // 2
         positions = w["pos_embed"].view(1, side, side, -1)[:, top : top + rows, left : left + columns]
         x = x.flatten(2).transpose(1, 2) + positions.reshape(1, rows * columns, -1)
-        c = self.embedder("t_embedder", sinusoids(timestep, w["t_embedder.mlp.0.weight"].shape[1]))
+        sinusoid = sinusoids(timestep, w["t_embedder.mlp.0.weight"].shape[1]).to(latent.dtype)
+        c = self.embedder("t_embedder", sinusoid)
         c = c + self.embedder("y_embedder", pooled)
         context = self.linear("context_embedder", context)
         for layer in range(self.depth):
@@ -146,9 +151,11 @@ def golden(model, file):
 
 
 def forward(model, inputs, calls):
+    dtype = model.weights["x_embedder.proj.weight"].dtype
+    inputs = {name: value if name == "timestep" else value.to(dtype) for name, value in inputs.items()}
     with torch.inference_mode():
         seconds, velocity = timed(lambda: model(**inputs), calls)
-    return {"seconds": seconds, "velocity": to_message(velocity)}
+    return {"seconds": seconds, "velocity": to_message(velocity.float())}
 
 
 class Training:
@@ -198,12 +205,16 @@ def main():
         nonlocal model, training
         op = request["op"]
         if op == "load":
-            model, training = Mmditx(read_safetensors(request["file"])), None
+            model = training = None
+            dtype = getattr(torch, request.get("dtype", "float32"))
+            model = Mmditx(read_safetensors(request["file"], dtype, PREFIX))
             return {}
         if op == "golden":
             return golden(model, request["file"])
         if op == "forward":
             return forward(model, from_messages(request["inputs"]), request["calls"])
+        if op == "memory":
+            return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         if op == "train":
             training = training or Training(model)
             return training.run(from_messages(request["batch"]), request["calls"], request["rate"])

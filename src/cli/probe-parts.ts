@@ -21,9 +21,8 @@ import {
   type PartName,
   type PartWeights,
   partTitles,
-  readWeight,
-  type WeightTensor,
 } from '../weights/checkpoint.ts';
+import { readFloats } from '../weights/stored.ts';
 import type { ProbeTensors } from './probe-tensors.ts';
 import { defined, type SamplingFlags } from './values.ts';
 
@@ -99,8 +98,7 @@ export interface SampleFlags extends SamplingFlags {
 export async function probeSample(probe: Probe, flags: SampleFlags): Promise<ProbeOutputs> {
   const { runtime, signal } = probe;
   const weights = partOf(probe, 'transformer');
-  const [{ file }] = [...weights.tensors.values()] as [WeightTensor];
-  const defaults = modelDefaults(file.metadata, weights.file);
+  const defaults = modelDefaults(weights.metadata, weights.file);
   const { steps = defaults.steps, cfg = defaults.cfg, shift = defaults.shift, slgLayers: layers } = flags;
   const window = defined({
     layers,
@@ -152,8 +150,7 @@ export async function probeGradient(probe: Probe): Promise<ProbeOutputs> {
   const outputs = { loss, ...Object.fromEntries(gradients(loss, trained).map((g, i) => [trained[i]!.name!, g])) };
   const values: Parameters = new Map();
   for (const { name } of parameters) {
-    const weight = await readWeight(tensors.get(name!)!);
-    values.set(name!, floats(weight.shape, toFloat32(weight)));
+    values.set(name!, await readFloats(tensors.get(name!)!));
   }
   const results = await disposing(await runtime.compile({ outputs }, { bind: () => 'input' }), (program) =>
     program.run(

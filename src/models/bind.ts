@@ -1,12 +1,34 @@
 /** Binding a checkpoint's weights to a model's program: by their position in the file, without copying them. */
 
-import type { CompileOptions, WeightFile } from '../runtime/runtime.ts';
-import { type Binding, cast, elementCount, parameter, ShapeError, type Tensor } from '../tensor/index.ts';
+import type { CompileOptions, Executable, Runtime, WeightFile } from '../runtime/runtime.ts';
+import {
+  type Binding,
+  cast,
+  concat,
+  dequantize,
+  elementCount,
+  multiply,
+  type Program,
+  parameter,
+  ShapeError,
+  type Tensor,
+  type TensorData,
+  toFloat16,
+} from '../tensor/index.ts';
 import type { PartWeights } from '../weights/checkpoint.ts';
+import { isBlockType, readFloats, type Span, type WeightTensor } from '../weights/stored.ts';
 import type { Weights } from './weights.ts';
 
 export interface BoundWeights extends Pick<CompileOptions, 'bind' | 'files'> {
   readonly weights: Weights;
+  /** Reads what cannot be used where it lies in the file; to be awaited before the program is compiled. */
+  read(): Promise<void>;
+}
+
+/** Compiles a program that was recorded with bound weights. */
+export async function compileBound(runtime: Runtime, program: Program, bound: BoundWeights): Promise<Executable> {
+  await bound.read();
+  return runtime.compile(program, bound);
 }
 
 /**
@@ -14,30 +36,65 @@ export interface BoundWeights extends Pick<CompileOptions, 'bind' | 'files'> {
  * @param bytes whole files by name, where the checkpoint's sources have no path (in a browser)
  */
 export function bindWeights(part: PartWeights<unknown>, bytes?: ReadonlyMap<string, Uint8Array>): BoundWeights {
-  const parameters = new Map<string, Tensor>();
+  const recorded = new Map<string, Tensor>();
   const files = new Map<string, WeightFile>();
-  const locations = new Map<string, Binding>();
-  const weights: Weights = (name, shape) => {
-    const known = parameters.get(name);
-    if (known) return cast(known, 'float32');
-    const tensor = part.tensors.get(name);
-    if (!tensor || elementCount(tensor.shape) !== elementCount(shape)) {
-      throw new ShapeError(`The network asks for ${name} [${shape.join(', ')}], which ${part.file} does not have.`);
+  const bindings = new Map<string, Binding>();
+  const unread = new Map<string, Span>();
+
+  /** A parameter that stands for values in a file. */
+  const parameterAt = (name: string, span: Span, shape: readonly number[]): Tensor => {
+    if (isBlockType(span.encoding)) {
+      unread.set(name, span);
+      return parameter(name, 'float16', shape);
     }
-    const { path, name: sourceName } = tensor.file.source;
+    const { path, name: sourceName } = span.source;
     const file = path === undefined ? sourceName : path.slice(path.search(/[^/\\]*$/));
     const content = bytes?.get(sourceName);
     files.set(file, { name: file, ...(path !== undefined && { path }), ...(content && { bytes: content }) });
-    locations.set(name, { file, offset: tensor.offset, byteLength: tensor.byteLength });
-    const weight = parameter(name, tensor.dtype, shape);
-    parameters.set(name, weight);
-    return cast(weight, 'float32');
+    bindings.set(name, { file, offset: span.offset, byteLength: span.byteLength });
+    return parameter(name, span.encoding, shape);
+  };
+  const floatingPoint = (name: string, { spans }: WeightTensor, shape: readonly number[]): Tensor => {
+    const [, ...rest] = shape;
+    const pieces = spans.map((span, i) => {
+      const whole = spans.length === 1;
+      const rows = whole ? shape : [elementCount(span.shape) / elementCount(rest), ...rest];
+      const values = cast(parameterAt(whole ? name : `${name}.${i}`, span, rows), 'float32');
+      return span.scale === undefined ? values : multiply(values, span.scale);
+    });
+    return pieces.length === 1 ? pieces[0]! : concat(pieces, 0);
+  };
+  const weights: Weights = (name, shape) => {
+    const known = recorded.get(name);
+    if (known) return known;
+    const weight = part.tensors.get(name);
+    if (!weight || elementCount(weight.shape) !== elementCount(shape)) {
+      throw new ShapeError(`The network asks for ${name} [${shape.join(', ')}], which ${part.file} does not have.`);
+    }
+    const { quantized, spans } = weight;
+    const tensor = quantized
+      ? dequantize(
+          quantized.precision,
+          parameterAt(name, spans[0]!, spans[0]!.shape),
+          cast(parameterAt(`${name}.scale`, quantized.scales, quantized.scales.shape), 'float32'),
+        )
+      : floatingPoint(name, weight, shape);
+    recorded.set(name, tensor);
+    return tensor;
   };
   return {
     weights,
-    bind: (tensor) => locations.get(tensor.name!)!,
+    bind: (tensor) => bindings.get(tensor.name!)!,
     get files() {
       return [...files.values()];
+    },
+    async read() {
+      for (const [name, span] of unread) {
+        const { shape, data } = await readFloats({ name: span.name, shape: span.shape, spans: [span] });
+        const halves: TensorData = { dtype: 'float16', shape, data: toFloat16(data) };
+        bindings.set(name, halves);
+      }
+      unread.clear();
     },
   };
 }

@@ -3,7 +3,7 @@
 import type { RunOptions, Runtime } from '../runtime/runtime.ts';
 import type { FloatTensor, TensorData } from '../tensor/index.ts';
 import type { PartWeights } from '../weights/checkpoint.ts';
-import { bindWeights } from './bind.ts';
+import { bindWeights, compileBound } from './bind.ts';
 import { clip, clipInputs, endOfText } from './clip.ts';
 import type { ClipConfig, T5Config } from './config.ts';
 import { lazily } from './lazily.ts';
@@ -36,7 +36,7 @@ export function loadClip(runtime: Runtime, part: PartWeights<ClipConfig>, bytes?
   const { config } = part;
   const network = lazily(() => {
     const bound = bindWeights(part, bytes);
-    return runtime.compile({ outputs: { ...clip(config, bound.weights, clipInputs(config)) } }, bound);
+    return compileBound(runtime, { outputs: { ...clip(config, bound.weights, clipInputs(config)) } }, bound);
   });
   return {
     config,
@@ -54,7 +54,7 @@ export function loadT5(runtime: Runtime, part: PartWeights<T5Config>, bytes?: By
   const { config } = part;
   const network = lazily(() => {
     const bound = bindWeights(part, bytes);
-    return runtime.compile({ outputs: { hidden: t5Encoder(config, bound.weights, t5Inputs()) } }, bound);
+    return compileBound(runtime, { outputs: { hidden: t5Encoder(config, bound.weights, t5Inputs()) } }, bound);
   });
   return {
     config,

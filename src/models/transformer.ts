@@ -10,7 +10,7 @@ import { oneAtATime } from '../runtime/turns.ts';
 import type { FloatTensor } from '../tensor/index.ts';
 import type { PartWeights } from '../weights/checkpoint.ts';
 import { batchItems, joinBatches, repeatTo } from './batches.ts';
-import { bindWeights } from './bind.ts';
+import { bindWeights, compileBound } from './bind.ts';
 import type { TransformerConfig } from './config.ts';
 import { type Lazy, lazily } from './lazily.ts';
 import { centreCorner, mmditxSegment, stageCount, stageOf, timestepEmbedding } from './mmditx.ts';
@@ -66,7 +66,7 @@ export function loadTransformer(
     const known = segments.get(start);
     if (known) return known;
     const end = cuts[cuts.indexOf(start) + 1]!;
-    const segment = lazily(() => runtime.compile(mmditxSegment(config, bound.weights, start, end), bound));
+    const segment = lazily(() => compileBound(runtime, mmditxSegment(config, bound.weights, start, end), bound));
     segments.set(start, segment);
     return segment;
   };

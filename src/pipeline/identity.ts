@@ -3,8 +3,8 @@
 import type { Checkpoint } from '../weights/checkpoint.ts';
 import { readExactly } from '../weights/safetensors.ts';
 
-/** The length field that a safetensors file starts with. */
-const LENGTH_BYTES = 8;
+/** The length field that a safetensors file starts with; the mark and version of a GGUF file. */
+const START_BYTES = 8;
 
 /** Pieces of each file that are hashed, spread evenly over it, and their length in bytes. */
 const SAMPLES = 32;
@@ -16,10 +16,10 @@ const SAMPLE_BYTES = 64 * 1024;
  */
 export async function modelIdentity({ files }: Checkpoint): Promise<{ name: string; hash: string }> {
   const pieces: Uint8Array[] = [];
-  for (const { source } of files.toSorted((a, b) => (a.source.name < b.source.name ? -1 : 1))) {
-    const start = await readExactly(source, 0, LENGTH_BYTES);
-    const length = Number(new DataView(start.buffer, start.byteOffset).getBigUint64(0, true));
-    pieces.push(await readExactly(source, LENGTH_BYTES, length), new TextEncoder().encode(`${source.size}\n`));
+  for (const { source, tensors } of files.toSorted((a, b) => (a.source.name < b.source.name ? -1 : 1))) {
+    const dataStart = [...tensors.values()].reduce((start, { offset }) => Math.min(start, offset), source.size);
+    const header = await readExactly(source, START_BYTES, dataStart - START_BYTES);
+    pieces.push(header, new TextEncoder().encode(`${source.size}\n`));
     const stride = Math.max(Math.floor(source.size / SAMPLES), SAMPLE_BYTES);
     for (let offset = 0; offset < source.size; offset += stride) {
       pieces.push(await readExactly(source, offset, Math.min(SAMPLE_BYTES, source.size - offset)));

@@ -20,7 +20,7 @@ import { type Conditioning, type Encoders, encodePrompt } from '../text/conditio
 import { clipTokenizer, t5Tokenizer } from '../text/tokenizer.ts';
 import { type TextEncoders, tokenizePrompt } from '../text/tokens.ts';
 import { VERSION } from '../version.ts';
-import { type Checkpoint, partTitles, type WeightTensor } from '../weights/checkpoint.ts';
+import { type Checkpoint, partTitles } from '../weights/checkpoint.ts';
 import { findNonFinite } from '../weights/inspect.ts';
 import { type ModelDefaults, modelDefaults, storedPreviewFactors } from './defaults.ts';
 import { type CompleteOptions, completeOptions, type GenerateOptions } from './options.ts';
@@ -106,16 +106,14 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
   if (!encoders.clipL && !encoders.clipG && !encoders.t5) {
     throw new MmditxError('missing-part', 'There is no text encoder; add files with CLIP-L, CLIP-G or T5.');
   }
-  const [{ file }] = [...parts.transformer!.tensors.values()] as [WeightTensor];
-  const defaults = modelDefaults(file.metadata, parts.transformer!.file);
+  const defaults = modelDefaults(parts.transformer!.metadata, parts.transformer!.file);
   const facts = {
     transformer: networks.transformer.config,
     vae: networks.vae.config,
     defaults,
     t5Tokens: networks.t5?.config.tokens ?? 0,
   };
-  const [{ file: vaeFile }] = [...parts.vae!.tensors.values()] as [WeightTensor];
-  let previewFactors: PreviewFactors | undefined = storedPreviewFactors(vaeFile.metadata, parts.vae!.file);
+  let previewFactors: PreviewFactors | undefined = storedPreviewFactors(parts.vae!.metadata, parts.vae!.file);
 
   let disposed = false;
   const requireModel = () => {

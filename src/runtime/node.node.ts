@@ -79,6 +79,10 @@ function sessionOptions(
     logSeverityLevel: 3,
     ...(inMemory.length > 0 ? { externalData: inMemory } : {}),
     ...(compile.profile ? { enableProfiling: true, profileFilePrefix: compile.profile } : {}),
-    extra: folder ? { session: { model_external_initializers_file_folder_path: folder } } : {},
+    extra: {
+      ...(folder ? { session: { model_external_initializers_file_folder_path: folder } } : {}),
+      // Folding would compute every conversion of a weight once and keep the result beside it.
+      ...(compile.expandWeights === false ? { optimization: { disable_specified_optimizers: 'ConstantFolding' } } : {}),
+    },
   };
 }

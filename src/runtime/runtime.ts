@@ -63,6 +63,11 @@ export interface CompileOptions {
   bind(parameter: Tensor): Binding;
   /** Files that bindings refer to. */
   files?: readonly WeightFile[];
+  /**
+   * Whether weights in 16 bits or less become float32 once and stay so (default), which is fastest, or at each run,
+   * which leaves them where they are mapped.
+   */
+  expandWeights?: boolean;
   /** Writes ONNX Runtime's profile (JSON) to a file that starts with this, when the executable is disposed of. */
   profile?: string;
 }

@@ -9,6 +9,7 @@ export { gradients } from './gradient.ts';
 export * from './layout.ts';
 export * from './linear.ts';
 export * from './normalization.ts';
+export { dequantize, INT4_BLOCK, type QuantizedPrecision } from './quantized.ts';
 export {
   type Binding,
   leaves,

@@ -2,6 +2,7 @@
 
 import { type Dimension, sameDimension, volume } from './dimension.ts';
 import { reshape, transpose } from './layout.ts';
+import { isDequantized, quantizedProduct } from './quantized.ts';
 import { sum } from './reduction.ts';
 import { misfit, type Operation, record, requireSameType, requireVector, type Tensor } from './tensor.ts';
 
@@ -25,7 +26,10 @@ function gemm(a: Tensor, b: Tensor, transposeA: boolean, transposeB: boolean, bi
   });
 }
 
-/** x W^T + b: `x` [..., in], `weight` [out, in] as checkpoints store it, `bias` [out]; gives [..., out]. */
+/**
+ * x W^T + b: `x` [..., in], `weight` [out, in] as checkpoints store it, `bias` [out]; gives [..., out]. A dequantised
+ * weight is multiplied in its integers.
+ */
 export function linear(x: Tensor, weight: Tensor, bias?: Tensor): Tensor {
   requireSameType('Linear', x, weight);
   const [out, width] = weight.shape;
@@ -35,7 +39,8 @@ export function linear(x: Tensor, weight: Tensor, bias?: Tensor): Tensor {
   if (bias) requireVector('Linear', bias, out!, weight);
   const leading = x.shape.slice(0, -1);
   const flat = reshape(x, [volume(leading), width!]);
-  return reshape(gemm(flat, weight, false, true, bias), [...leading, out!]);
+  const product = isDequantized(weight) ? quantizedProduct(flat, weight, bias) : gemm(flat, weight, false, true, bias);
+  return reshape(product, [...leading, out!]);
 }
 
 function swapLast(x: Tensor): Tensor {

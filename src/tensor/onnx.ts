@@ -68,6 +68,8 @@ export interface OnnxWriter {
   integers(values: readonly number[]): string;
   /** A float32 constant [n]. */
   floats(values: readonly number[]): string;
+  /** A uint8 constant [n]. */
+  bytes(values: readonly number[]): string;
   /** A dimension as an int64 tensor [1], computed from the inputs' sizes where symbolic. */
   dimension(dimension: Dimension): string;
   /** A shape as an int64 tensor. */
@@ -184,6 +186,7 @@ export function writeOnnx(
   const integers: OnnxWriter['integers'] = (values) =>
     initializer('int64', [values.length], BigInt64Array.from(values, BigInt));
   const floats: OnnxWriter['floats'] = (values) => initializer('float32', [values.length], Float32Array.from(values));
+  const bytes: OnnxWriter['bytes'] = (values) => initializer('uint8', [values.length], Uint8Array.from(values));
 
   const symbolValue = (name: string): string => {
     for (const tensor of ordered.filter(isInput)) {
@@ -229,6 +232,7 @@ export function writeOnnx(
     node,
     integers,
     floats,
+    bytes,
     dimension,
     shape,
     shapeFor,

@@ -5,13 +5,16 @@
 import { MmditxError } from '../errors.ts';
 import type { ClipConfig, T5Config, TransformerConfig, VaeConfig } from '../models/config.ts';
 import { CLIP_L } from '../models/config.ts';
-import type { DType, TensorData } from '../tensor/data.ts';
+import type { DType } from '../tensor/data.ts';
 import { clipGConfig, clipLConfig, type PartShapes, t5Config, transformerConfig, vaeConfig } from './configs.ts';
 import { clipTensors, type TensorShapes, t5Tensors, transformerTensors, vaeTensors } from './expected.ts';
 import { foreignModelError, unknownModelError } from './foreign.ts';
 import { CLIP_TOKENIZER_KEY, type ConfigHints, readHints, T5_TOKENIZER_KEY } from './metadata.ts';
+import { officialWeights } from './layouts.ts';
+import { openWeightsFile } from './open.ts';
 import { quote } from './quote.ts';
-import { type ByteSource, openSafetensors, readTensor, type SafetensorsFile, type TensorInfo } from './safetensors.ts';
+import type { ByteSource } from './safetensors.ts';
+import { type Encoding, isBlockType, type WeightsFile, type WeightTensor } from './stored.ts';
 
 export interface PartConfigs {
   readonly transformer: TransformerConfig;
@@ -34,18 +37,15 @@ export const partTitles: Readonly<Record<PartName, string>> = {
 
 export const partNames = Object.keys(partTitles) as PartName[];
 
-/** A tensor and where its values lie. `name` is the one in the file. */
-export interface WeightTensor extends TensorInfo {
-  readonly file: SafetensorsFile;
-}
-
 /** The weights of one network: all tensors it needs and no others, each of the shape its configuration asks for. */
 export interface PartWeights<Config> {
   readonly config: Config;
-  /** Name of the file it was found in. */
+  /** Name of the file it was found in; of several, all names. */
   readonly file: string;
   /** What its tensors' names begin with in that file. */
   readonly prefix: string;
+  /** What the file says about itself. */
+  readonly metadata: Readonly<Record<string, string>>;
   /** By the name without the prefix, as in `expected.ts`. */
   readonly tensors: ReadonlyMap<string, WeightTensor>;
 }
@@ -55,7 +55,7 @@ export interface Checkpoint {
   readonly parts: { readonly [Part in PartName]?: PartWeights<PartConfigs[Part]> };
   /** Texts of tokenizer.json files that came with the weights; released models bring none. */
   readonly tokenizers: { readonly clip?: string; readonly t5?: string };
-  readonly files: readonly SafetensorsFile[];
+  readonly files: readonly WeightsFile[];
 }
 
 /**
@@ -68,7 +68,7 @@ export async function openCheckpoint(sources: readonly ByteSource[]): Promise<Ch
   const { files, parts } = await surveyFiles(sources);
   for (const part of parts) if (part.problem) throw part.problem;
   const complete = Object.fromEntries(
-    parts.map(({ part, config, file, prefix, tensors }) => [part, { config, file, prefix, tensors }]),
+    parts.map(({ part, config, file, prefix, metadata, tensors }) => [part, { config, file, prefix, metadata, tensors }]),
   ) as Checkpoint['parts'];
   const mismatch = findMismatch(complete);
   if (mismatch) throw mismatch;
@@ -83,16 +83,12 @@ export async function openCheckpoint(sources: readonly ByteSource[]): Promise<Ch
   };
 }
 
-/** Reads the values of a weight. */
-export function readWeight({ file, name }: WeightTensor): Promise<TensorData> {
-  return readTensor(file, name);
-}
-
 /** A network found in a file, usable or not. */
 export interface PartSurvey {
   readonly part: PartName;
   readonly file: string;
   readonly prefix: string;
+  readonly metadata: Readonly<Record<string, string>>;
   /** Absent where too much is missing to tell. */
   readonly config?: PartConfigs[PartName];
   readonly tensors: ReadonlyMap<string, WeightTensor>;
@@ -104,7 +100,7 @@ export interface PartSurvey {
 
 /** What files hold, faults included. At most one of each part, in the order of `partNames`. */
 export interface Survey {
-  readonly files: readonly SafetensorsFile[];
+  readonly files: readonly WeightsFile[];
   readonly parts: readonly PartSurvey[];
 }
 
@@ -113,24 +109,25 @@ export interface Survey {
  * @throws MmditxError when a file is unreadable, is of another model, or repeats a part that another one holds.
  */
 export async function surveyFiles(sources: readonly ByteSource[]): Promise<Survey> {
-  const files: SafetensorsFile[] = [];
+  const files: WeightsFile[] = [];
   const found: FoundPart[] = [];
   for (const source of sources) {
-    const file = await openSafetensors(source);
-    const foreign = foreignModelError(source.name, file.tensors.keys());
+    const file = await openWeightsFile(source);
+    const weights = await officialWeights(file);
+    const foreign = foreignModelError(source.name, weights.keys());
     if (foreign) throw foreign;
-    const parts = findParts(file);
-    if (parts.length === 0) throw unknownModelError(source.name, file.tensors.keys());
+    const parts = findParts(file, weights);
+    if (parts.length === 0) throw unknownModelError(source.name, weights.keys());
     files.push(file);
     found.push(...parts);
   }
 
-  const named = nameParts(found);
+  const named = nameParts(joinShards(found));
   const parts: PartSurvey[] = [];
   for (const part of partNames) {
     const [first, second] = named.filter((candidate) => candidate.part === part);
     if (first && second) {
-      const [a, b] = [first, second].map(({ file, prefix }) => file.source.name + (prefix && ` (${quote(prefix)})`));
+      const [a, b] = [first, second].map(({ file, prefix }) => file + (prefix && ` (${quote(prefix)})`));
       throw new MmditxError('bad-option', `Both ${a} and ${b} hold a ${partTitles[part]}; give only one of them.`);
     }
     if (first) parts.push(surveyPart(part, first));
@@ -140,9 +137,12 @@ export async function surveyFiles(sources: readonly ByteSource[]): Promise<Surve
 
 interface FoundPart {
   readonly kind: 'transformer' | 'vae' | 'clip' | 't5';
-  readonly file: SafetensorsFile;
+  readonly file: string;
   readonly prefix: string;
+  readonly metadata: Readonly<Record<string, string>>;
   readonly hints: ConfigHints;
+  /** The tensors whose names begin with the prefix, named without it. */
+  readonly tensors: ReadonlyMap<string, WeightTensor>;
 }
 
 /** Names by which a network is found; the group is the prefix, empty or ending in a dot. */
@@ -153,16 +153,59 @@ const signatures: Readonly<Record<FoundPart['kind'], RegExp>> = {
   t5: /^(|.*?\.)encoder\.block\.\d+\.layer\.\d+\./,
 };
 
-function findParts(file: SafetensorsFile): FoundPart[] {
-  const hints = readHints(file.metadata, file.source.name);
+function findParts({ source, metadata }: WeightsFile, weights: ReadonlyMap<string, WeightTensor>): FoundPart[] {
+  const hints = readHints(metadata, source.name);
   return (Object.keys(signatures) as FoundPart['kind'][]).flatMap((kind) => {
     const prefixes = new Set<string>();
-    for (const name of file.tensors.keys()) {
+    for (const name of weights.keys()) {
       const prefix = signatures[kind].exec(name)?.[1];
       if (prefix !== undefined) prefixes.add(prefix);
     }
-    return [...prefixes].map((prefix) => ({ kind, file, prefix, hints }));
+    return [...prefixes].map((prefix) => ({
+      kind,
+      file: source.name,
+      prefix,
+      metadata,
+      hints,
+      tensors: tensorsUnder(weights, prefix),
+    }));
   });
+}
+
+/** The tensors whose names begin with `prefix`, named without it. */
+function tensorsUnder(weights: ReadonlyMap<string, WeightTensor>, prefix: string): Map<string, WeightTensor> {
+  const tensors = new Map<string, WeightTensor>();
+  for (const [name, weight] of weights) {
+    if (name.startsWith(prefix)) tensors.set(name.slice(prefix.length), weight);
+  }
+  // T5 files hold their embedding table under one of two names, or under both.
+  const embedding = tensors.get('encoder.embed_tokens.weight');
+  if (embedding && !tensors.has('shared.weight')) tensors.set('shared.weight', embedding);
+  return tensors;
+}
+
+/** A network that is spread over several files: parts of one kind and prefix that have no tensor in common. */
+function joinShards(found: readonly FoundPart[]): FoundPart[] {
+  const joined: FoundPart[] = [];
+  for (const part of found) {
+    const index = joined.findIndex(
+      ({ kind, prefix, tensors }) =>
+        kind === part.kind && prefix === part.prefix && ![...part.tensors.keys()].some((name) => tensors.has(name)),
+    );
+    const other = joined[index];
+    if (!other) {
+      joined.push(part);
+      continue;
+    }
+    joined[index] = {
+      ...other,
+      file: `${other.file} and ${part.file}`,
+      metadata: { ...part.metadata, ...other.metadata },
+      hints: { ...part.hints, ...other.hints },
+      tensors: new Map([...other.tensors, ...part.tensors]),
+    };
+  }
+  return joined;
 }
 
 /**
@@ -178,13 +221,12 @@ function nameParts(found: readonly FoundPart[]): (FoundPart & { readonly part: P
     if (part.hints.clipG && !part.hints.clipL) return 'clipG';
     return undefined;
   };
-  const width = ({ file, prefix }: FoundPart) =>
-    file.tensors.get(`${prefix}text_model.final_layer_norm.weight`)?.shape[0] ?? 0;
+  const width = ({ tensors }: FoundPart) => tensors.get('text_model.final_layer_norm.weight')?.shape[0] ?? 0;
   const unstated = found.filter((part) => stated(part) === undefined).sort((a, b) => width(a) - width(b));
   const byWidth = unstated.length === 2 && width(unstated[0]!) < width(unstated[1]!);
   const guessed = (part: FoundPart): PartName => {
     if (byWidth) return part === unstated[0] ? 'clipL' : 'clipG';
-    const projected = part.file.tensors.has(`${part.prefix}text_projection.weight`);
+    const projected = part.tensors.has('text_projection.weight');
     return projected && width(part) !== CLIP_L.width ? 'clipG' : 'clipL';
   };
   return found.map((part) => ({ ...part, part: stated(part) ?? guessed(part) }));
@@ -205,8 +247,8 @@ const networks: Networks = {
   t5: { derive: t5Config, tensors: t5Tensors },
 };
 
-/** Formats of trained weights; integers would be a quantisation this version does not know. */
-const weightTypes: ReadonlySet<DType> = new Set([
+/** Element types of trained weights; integers without scales would be a quantisation this version does not know. */
+const weightTypes: ReadonlySet<Encoding> = new Set<DType>([
   'float64',
   'float32',
   'float16',
@@ -215,16 +257,15 @@ const weightTypes: ReadonlySet<DType> = new Set([
   'float8e5m2',
 ]);
 
-function surveyPart<Part extends PartName>(part: Part, { file, prefix, hints }: FoundPart): PartSurvey {
-  const name = file.source.name;
-  const available = tensorsUnder(file, prefix);
+function surveyPart<Part extends PartName>(part: Part, found: FoundPart & { hints: ConfigHints }): PartSurvey {
+  const { file: name, prefix, metadata, hints, tensors: available } = found;
   const shapes = new Map([...available].map(([tensor, { shape }]) => [tensor, shape]));
   let config: PartConfigs[Part];
   try {
     config = networks[part].derive({ file: name, shapes }, hints[part]);
   } catch (error) {
     if (!(error instanceof MmditxError)) throw error;
-    return { part, file: name, prefix, tensors: available, missing: [], problem: error };
+    return { part, file: name, prefix, metadata, tensors: available, missing: [], problem: error };
   }
 
   const tensors = new Map<string, WeightTensor>();
@@ -242,27 +283,20 @@ function surveyPart<Part extends PartName>(part: Part, { file, prefix, hints }: 
         'bad-file',
         `Tensor ${quote(tensor.name)} of ${name} has the shape ${quote(tensor.shape)} where the ${partTitles[part]} needs ${quote(shape)}; use an unchanged checkpoint.`,
       );
-    } else if (!weightTypes.has(tensor.dtype)) {
-      unfit ??= new MmditxError(
-        'unsupported-model',
-        `Tensor ${quote(tensor.name)} of ${name} holds ${tensor.dtype} values, a quantisation this version does not read; use a file in F32, F16, BF16 or F8.`,
-      );
+    } else if (!tensor.quantized) {
+      const unknown = tensor.spans.find(({ encoding }) => !weightTypes.has(encoding) && !isBlockType(encoding));
+      unfit ??= unknown && unreadable(unknown.name, name, unknown.encoding);
     }
   }
   const problem = missing.length ? missingTensors(name, part, missing, tensors.size) : unfit;
-  return { part, file: name, prefix, config, tensors, missing, ...(problem && { problem }) };
+  return { part, file: name, prefix, metadata, config, tensors, missing, ...(problem && { problem }) };
 }
 
-/** The tensors of a file whose names begin with `prefix`, named without it. */
-function tensorsUnder(file: SafetensorsFile, prefix: string): Map<string, WeightTensor> {
-  const tensors = new Map<string, WeightTensor>();
-  for (const [name, info] of file.tensors) {
-    if (name.startsWith(prefix)) tensors.set(name.slice(prefix.length), { ...info, file });
-  }
-  // T5 files hold their embedding table under one of two names, or under both.
-  const embedding = tensors.get('encoder.embed_tokens.weight');
-  if (embedding && !tensors.has('shared.weight')) tensors.set('shared.weight', embedding);
-  return tensors;
+function unreadable(tensor: string, file: string, encoding: Encoding): MmditxError {
+  return new MmditxError(
+    'unsupported-model',
+    `Tensor ${quote(tensor)} of ${file} holds ${encoding} values, a quantisation this version does not read; use a file in F32, F16, BF16 or F8, or a GGUF file.`,
+  );
 }
 
 function missingTensors(file: string, part: PartName, missing: readonly string[], present: number): MmditxError {

@@ -22,6 +22,7 @@ import {
 import { CLIP_TOKENIZER_KEY, T5_TOKENIZER_KEY } from './metadata.ts';
 import { quote } from './quote.ts';
 import { type ByteSource, readExactly, viewAs } from './safetensors.ts';
+import { decode, type Encoding, isBlockType, storedBytes, type WeightTensor } from './stored.ts';
 
 export interface PartInspection {
   readonly part: PartName;
@@ -34,7 +35,7 @@ export interface PartInspection {
   readonly tensors: number;
   readonly bytes: number;
   /** Tensors of each number format. */
-  readonly dtypes: Readonly<Partial<Record<DType, number>>>;
+  readonly encodings: Readonly<Record<string, number>>;
   /** Names of tensors the part needs and the file lacks. */
   readonly missing: readonly string[];
   /** Why the part cannot be used. */
@@ -67,7 +68,9 @@ export async function inspectCheckpoint(sources: readonly ByteSource[]): Promise
     Object.fromEntries(whole.map((part) => [part.part, part])) as Checkpoint['parts'],
   );
   const used = new Set(
-    parts.flatMap(({ file, tensors }) => [...tensors.values()].map(({ name }) => `${file}\n${name}`)),
+    parts.flatMap(({ tensors }) =>
+      [...tensors.values()].flatMap(spansOf).map(({ source, name }) => `${source.name}\n${name}`),
+    ),
   );
   const all = files.reduce((sum, { tensors }) => sum + tensors.size, 0);
   const tokenizers = [
@@ -86,13 +89,14 @@ export async function inspectCheckpoint(sources: readonly ByteSource[]): Promise
 }
 
 function inspectPart({ part, file, prefix, config, tensors, missing, problem }: PartSurvey): PartInspection {
-  const dtypes: Partial<Record<DType, number>> = {};
+  const encodings: Record<string, number> = {};
   let parameters = 0;
   let bytes = 0;
   for (const tensor of tensors.values()) {
-    dtypes[tensor.dtype] = (dtypes[tensor.dtype] ?? 0) + 1;
+    const encoding = tensor.quantized?.precision ?? tensor.spans[0]!.encoding;
+    encodings[encoding] = (encodings[encoding] ?? 0) + 1;
     parameters += elementCount(tensor.shape);
-    bytes += tensor.byteLength;
+    bytes += storedBytes(tensor);
   }
   return {
     part,
@@ -102,10 +106,15 @@ function inspectPart({ part, file, prefix, config, tensors, missing, problem }: 
     parameters,
     tensors: tensors.size,
     bytes,
-    dtypes,
+    encodings,
     missing,
     ...(problem && { problem: problem.message }),
   };
+}
+
+/** Everything in files that a weight is made of. */
+function spansOf({ spans, quantized }: WeightTensor) {
+  return quantized ? [...spans, quantized.scales] : spans;
 }
 
 const releasedModels: readonly [string, TransformerConfig][] = [
@@ -176,11 +185,11 @@ function formatPart({
   parameters,
   tensors,
   bytes,
-  dtypes,
+  encodings,
   problem,
 }: PartInspection): string[] {
   const title = partTitles[part];
-  const formats = Object.entries(dtypes).map(([dtype, count]) => `${dtype} (${count})`);
+  const formats = Object.entries(encodings).map(([encoding, count]) => `${encoding} (${count})`);
   const describe = describeConfig[part] as (config: PartConfigs[PartName]) => string;
   return [
     `${title[0]!.toUpperCase()}${title.slice(1)}: ${integer.format(parameters)} parameters in ${integer.format(tensors)} tensors, ${byteSize(bytes)}`,
@@ -200,7 +209,12 @@ const exponentBits: Partial<Record<DType, number>> = {
   float8e5m2: 0x7c,
 };
 
-function countNonFinite(dtype: DType, values: TypedArray): number {
+function countNonFinite(encoding: Encoding, bytes: Uint8Array): number {
+  if (isBlockType(encoding)) return countNonFiniteValues('float32', decode({ encoding }, bytes));
+  return countNonFiniteValues(encoding, viewAs(encoding, bytes));
+}
+
+function countNonFiniteValues(dtype: DType, values: TypedArray): number {
   let count = 0;
   const mask = exponentBits[dtype];
   if (mask !== undefined) {
@@ -211,8 +225,8 @@ function countNonFinite(dtype: DType, values: TypedArray): number {
   return count;
 }
 
-/** Read at once; a multiple of every element size. */
-const CHUNK_BYTES = 4 * 1024 * 1024;
+/** Read at once: a multiple of every element and block size. */
+const CHUNK_BYTES = 9 * 5 * 7 * 11 * 17 * 64;
 
 /**
  * The tensors of a part that hold infinities or NaN, and how many values of each. Reads the part once, a few MiB at a
@@ -223,14 +237,16 @@ export async function findNonFinite(
   { signal }: { readonly signal?: AbortSignal } = {},
 ): Promise<{ name: string; count: number }[]> {
   const found: { name: string; count: number }[] = [];
-  for (const { file, name, dtype, offset, byteLength } of part.tensors.values()) {
+  for (const weight of part.tensors.values()) {
     let count = 0;
-    for (let start = 0; start < byteLength; start += CHUNK_BYTES) {
-      signal?.throwIfAborted();
-      const bytes = await readExactly(file.source, offset + start, Math.min(CHUNK_BYTES, byteLength - start));
-      count += countNonFinite(dtype, viewAs(dtype, bytes));
+    for (const { source, encoding, offset, byteLength } of spansOf(weight)) {
+      for (let start = 0; start < byteLength; start += CHUNK_BYTES) {
+        signal?.throwIfAborted();
+        const bytes = await readExactly(source, offset + start, Math.min(CHUNK_BYTES, byteLength - start));
+        count += countNonFinite(encoding, bytes);
+      }
     }
-    if (count) found.push({ name, count });
+    if (count) found.push({ name: weight.name, count });
   }
   return found;
 }

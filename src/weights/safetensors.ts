@@ -229,6 +229,41 @@ export function viewAs(dtype: DType, bytes: Uint8Array): TypedArray {
   return new arrayOfDtype[dtype](buffer as ArrayBuffer, byteOffset, length / size);
 }
 
+type TensorPlan = Pick<TensorData, 'dtype' | 'shape'>;
+
+function plannedBytes({ dtype, shape }: TensorPlan): number {
+  return elementCount(shape) * bytesPerElement[dtype];
+}
+
+/** Length and header of a file whose tensors lie in this order. */
+function fileStart(
+  tensors: readonly (readonly [string, TensorPlan])[],
+  metadata: Readonly<Record<string, string>>,
+): Uint8Array {
+  const header: [string, unknown][] = Object.keys(metadata).length ? [[METADATA_KEY, metadata]] : [];
+  let end = 0;
+  for (const [name, tensor] of tensors) {
+    if (name === METADATA_KEY) throw new RangeError(`A tensor cannot be named ${METADATA_KEY}.`);
+    const start = end;
+    end += plannedBytes(tensor);
+    header.push([name, { dtype: tagOfDtype.get(tensor.dtype), shape: tensor.shape, data_offsets: [start, end] }]);
+  }
+  const json = new TextEncoder().encode(JSON.stringify(Object.fromEntries(header)));
+  const padded = Math.ceil(json.length / LENGTH_BYTES) * LENGTH_BYTES;
+  const start = new Uint8Array(LENGTH_BYTES + padded).fill(' '.charCodeAt(0));
+  new DataView(start.buffer).setBigUint64(0, BigInt(padded), true);
+  start.set(json, LENGTH_BYTES);
+  return start;
+}
+
+/** Values as they go into a file; throws when they are not what its header announces. */
+function bytesOf(name: string, { dtype, shape }: TensorPlan, data: TypedArray): Uint8Array {
+  if (data.length !== elementCount(shape) || data.BYTES_PER_ELEMENT !== bytesPerElement[dtype]) {
+    throw new RangeError(`The values of tensor ${quote(name)} are not ${dtype} of shape ${quote(shape)}.`);
+  }
+  return new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+}
+
 /**
  * The bytes of a safetensors file in order: its header, then tensor after tensor. Tensors with larger elements come
  * first, so that each is aligned, and names decide among equals, so that equal content gives equal files.
@@ -240,23 +275,40 @@ export function* safetensorsChunks(
   const ordered = [...tensors].sort(
     ([nameA, a], [nameB, b]) => bytesPerElement[b.dtype] - bytesPerElement[a.dtype] || (nameA < nameB ? -1 : 1),
   );
-  const header: [string, unknown][] = Object.keys(metadata).length ? [[METADATA_KEY, metadata]] : [];
-  let end = 0;
-  for (const [name, { dtype, shape, data }] of ordered) {
-    if (name === METADATA_KEY) throw new RangeError(`A tensor cannot be named ${METADATA_KEY}.`);
-    if (data.length !== elementCount(shape) || data.BYTES_PER_ELEMENT !== bytesPerElement[dtype]) {
-      throw new RangeError(`The values of tensor ${quote(name)} are not ${dtype} of shape ${quote(shape)}.`);
-    }
-    header.push([name, { dtype: tagOfDtype.get(dtype), shape, data_offsets: [end, end + data.byteLength] }]);
-    end += data.byteLength;
+  const chunks = ordered.map(([name, tensor]) => bytesOf(name, tensor, tensor.data));
+  yield fileStart(ordered, metadata);
+  yield* chunks;
+}
+
+/** Tensors of a file to be written that are made together, when their turn comes. */
+export interface PlannedTensors {
+  readonly tensors: ReadonlyMap<string, TensorPlan>;
+  /** The values of each, in the order of `tensors`. */
+  values(): Promise<readonly TypedArray[]>;
+}
+
+/** The bytes of a safetensors file whose tensors do not fit into memory together, in the order in which they are given. */
+export async function* plannedSafetensorsChunks(
+  plans: readonly PlannedTensors[],
+  metadata: Readonly<Record<string, string>> = {},
+): AsyncGenerator<Uint8Array> {
+  yield fileStart(
+    plans.flatMap(({ tensors }) => [...tensors]),
+    metadata,
+  );
+  for (const { tensors, values } of plans) {
+    const made = await values();
+    for (const [i, [name, tensor]] of [...tensors].entries()) yield bytesOf(name, tensor, made[i]!);
   }
-  const json = new TextEncoder().encode(JSON.stringify(Object.fromEntries(header)));
-  const padded = Math.ceil(json.length / LENGTH_BYTES) * LENGTH_BYTES;
-  const start = new Uint8Array(LENGTH_BYTES + padded).fill(' '.charCodeAt(0));
-  new DataView(start.buffer).setBigUint64(0, BigInt(padded), true);
-  start.set(json, LENGTH_BYTES);
-  yield start;
-  for (const [, { data }] of ordered) yield new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+}
+
+/** Bytes that {@link plannedSafetensorsChunks} gives. */
+export function plannedSafetensorsBytes(
+  plans: readonly PlannedTensors[],
+  metadata: Readonly<Record<string, string>> = {},
+): number {
+  const tensors = plans.flatMap((plan) => [...plan.tensors]);
+  return tensors.reduce((sum, [, tensor]) => sum + plannedBytes(tensor), fileStart(tensors, metadata).length);
 }
 
 /** A whole safetensors file in memory. */

@@ -4,7 +4,7 @@ import { elementCount, type FloatTensor, floats, gradients, leaves, toFloat32 } 
 import { adamwStep, globalNorm, zeroMoments } from '../../src/training/adamw.ts';
 import { timestepInput, velocityLoss } from '../../src/training/loss.ts';
 import { createTrainer, type Parameters, parameterInputs, trainableWeights } from '../../src/training/trainer.ts';
-import { readWeight } from '../../src/weights/checkpoint.ts';
+import { readWeight } from '../../src/weights/stored.ts';
 import { golden, readGolden } from '../support/golden.ts';
 import { goldenCheckpoint } from '../support/models.ts';
 import { cpu } from '../support/run.ts';

@@ -15,9 +15,10 @@ import {
   type VaeConfig,
 } from '../../src/models/config.ts';
 import { floats, toFloat32 } from '../../src/tensor/data.ts';
-import { openCheckpoint, readWeight } from '../../src/weights/checkpoint.ts';
+import { openCheckpoint } from '../../src/weights/checkpoint.ts';
 import { clipTensors, t5Tensors, transformerTensors, vaeTensors } from '../../src/weights/expected.ts';
 import { type ByteSource, openSafetensors } from '../../src/weights/safetensors.ts';
+import { readWeight } from '../../src/weights/stored.ts';
 import { bytesSource, headerOf, prefixed, rawSafetensors, shapesSource, tensorsSource } from './sources.ts';
 
 const read = (name: string) => readFile(new URL(`../golden/${name}`, import.meta.url));

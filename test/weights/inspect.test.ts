@@ -8,7 +8,8 @@ import { openCheckpoint } from '../../src/weights/checkpoint.ts';
 import { clipTensors, transformerTensors, vaeTensors } from '../../src/weights/expected.ts';
 import { fileSource } from '../../src/weights/files.node.ts';
 import { findNonFinite, formatInspection, inspectCheckpoint } from '../../src/weights/inspect.ts';
-import { openSafetensors } from '../../src/weights/safetensors.ts';
+import { officialWeights } from '../../src/weights/layouts.ts';
+import { openWeightsFile } from '../../src/weights/open.ts';
 import { bytesSource, headerOf, prefixed, shapesSource, tensorsSource } from './sources.ts';
 
 const golden = await readFile(new URL('../golden/tiny_sd35.safetensors', import.meta.url));
@@ -34,7 +35,7 @@ describe('inspection', () => {
       expect(inspection.model).toBe('Stable Diffusion 3.5 Medium');
       const [transformer, vae] = inspection.parts;
       expect(transformer).toMatchObject({ part: 'transformer', parameters: 2_469_663_936, tensors: 665, missing: [] });
-      expect(transformer?.dtypes).toEqual({ float16: 665 });
+      expect(transformer?.encodings).toEqual({ float16: 665 });
       expect(vae).toMatchObject({ part: 'vae', parameters: 83_819_683, tensors: 244 });
       expect(transformer!.bytes + vae!.bytes).toBe(5_106_967_238);
       expect(inspection.missingParts).toEqual(['clipL', 'clipG', 't5']);
@@ -102,8 +103,7 @@ describe('inspection', () => {
 
 describe('values that are not finite', () => {
   async function find(tensors: Record<string, TensorData>) {
-    const file = await openSafetensors(tensorsSource(tensors));
-    return findNonFinite({ tensors: new Map([...file.tensors].map(([name, info]) => [name, { ...info, file }])) });
+    return findNonFinite({ tensors: await officialWeights(await openWeightsFile(tensorsSource(tensors))) });
   }
 
   test('are found in every number format', async () => {
@@ -130,7 +130,7 @@ describe('values that are not finite', () => {
   test('are counted across chunks that are a few MiB each', async () => {
     const values = new Float32Array(2_500_000);
     values[0] = values[1_200_000] = values[2_499_999] = Number.NaN;
-    const { source, tensors } = await openSafetensors(tensorsSource({ big: floats([2_500_000], values) }));
+    const source = tensorsSource({ big: floats([2_500_000], values) });
     let largest = 0;
     const watched = {
       ...source,
@@ -139,8 +139,9 @@ describe('values that are not finite', () => {
         return source.read(offset, length);
       },
     };
-    const file = { source: watched, tensors, metadata: {} };
-    const found = await findNonFinite({ tensors: new Map([['big', { ...tensors.get('big')!, file }]]) });
+    const tensors = await officialWeights(await openWeightsFile(watched));
+    largest = 0;
+    const found = await findNonFinite({ tensors });
     expect(found).toEqual([{ name: 'big', count: 3 }]);
     expect(largest).toBeLessThanOrEqual(4 * 1024 * 1024);
   });

@@ -1,0 +1,106 @@
+/** Writing networks anew in another precision, in a file that can be mapped into memory as it is. */
+
+import { type DType, INT4_BLOCK, type QuantizedPrecision, toFloat16 } from '../tensor/index.ts';
+import type { PartName, PartWeights } from './checkpoint.ts';
+import { quantize, quantizedPlan } from './quantized.ts';
+import type { PlannedTensors } from './safetensors.ts';
+import { isBlockType, readFloats, readWeight, type Span, type WeightTensor } from './stored.ts';
+
+/**
+ * What weights are kept as: `fp32` expanded to float32 in memory; `fp16` as the file stores them, in 16 bits (float16
+ * or bfloat16) or less; `int8` and `int4` the linear layers as integers with scales.
+ */
+export const PRECISIONS = ['fp32', 'fp16', 'int8', 'int4'] as const;
+export type Precision = (typeof PRECISIONS)[number];
+
+/** What names of tensors begin with in an all-in-one file (Stability-AI/sd3.5; ComfyUI for the text encoders). */
+export const partPrefixes: Readonly<Record<PartName, string>> = {
+  transformer: 'model.diffusion_model.',
+  vae: 'first_stage_model.',
+  clipL: 'text_encoders.clip_l.transformer.',
+  clipG: 'text_encoders.clip_g.transformer.',
+  t5: 'text_encoders.t5xxl.transformer.',
+};
+
+/**
+ * The linear layers of each network's blocks: nearly all of its weights. Embeddings, norms and the layers that run
+ * once (timestep, pooled text, output) stay as they are, and so does the VAE, whose convolutions have no integer form.
+ */
+const quantizable: Readonly<Record<PartName, RegExp | undefined>> = {
+  transformer: /^joint_blocks\..*\.weight$/,
+  vae: undefined,
+  clipL: /^text_model\.encoder\.layers\..*\.weight$/,
+  clipG: /^text_model\.encoder\.layers\..*\.weight$/,
+  t5: /^encoder\.block\.\d+\.layer\.\d+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.\w+)\.weight$/,
+};
+/** In int4, modulation stays in int8: an error in a shift or gate is an error in every token. */
+const MODULATION = /\.adaLN_modulation\.1\.weight$/;
+
+/** The precision a weight gets when its network is converted; undefined where it keeps its own. */
+function targetOf(
+  part: PartName,
+  name: string,
+  { shape }: WeightTensor,
+  precision: Precision,
+): QuantizedPrecision | undefined {
+  if (precision !== 'int8' && precision !== 'int4') return undefined;
+  if (shape.length !== 2 || !quantizable[part]?.test(name)) return undefined;
+  return precision === 'int8' || MODULATION.test(name) || shape[1]! % INT4_BLOCK !== 0 ? 'int8' : 'int4';
+}
+
+/**
+ * Whether a network's file cannot be used in a precision as it lies: its weights would be quantised, or are stored in
+ * blocks or with scales that no program reads.
+ */
+export function needsConversion(part: PartName, { tensors }: PartWeights<unknown>, precision: Precision): boolean {
+  return [...tensors].some(
+    ([name, weight]) =>
+      (!weight.quantized && targetOf(part, name, weight, precision) !== undefined) ||
+      weight.spans.some(({ encoding }) => isBlockType(encoding)),
+  );
+}
+
+/** The tensors of a network in a precision, by their names in the file with `prefix` before them. Nothing is read yet. */
+export function plannedTensors(
+  part: PartName,
+  { tensors }: PartWeights<unknown>,
+  precision: Precision,
+  prefix = '',
+): PlannedTensors[] {
+  return [...tensors].map(([name, weight]) => {
+    const target = targetOf(part, name, weight, precision);
+    return weight.quantized || !target ? kept(`${prefix}${name}`, weight) : quantizedTo(`${prefix}${name}`, weight, target);
+  });
+}
+
+function quantizedTo(name: string, weight: WeightTensor, precision: QuantizedPrecision): PlannedTensors {
+  const plan = quantizedPlan(weight.shape as [number, number], precision);
+  return {
+    tensors: new Map([...plan].map(([suffix, tensor]) => [`${name}${suffix}`, tensor])),
+    values: async () => quantize(await readFloats(weight), precision),
+  };
+}
+
+/** A weight that keeps its precision: plain tensors as they are, others in half precision. */
+function kept(name: string, weight: WeightTensor): PlannedTensors {
+  const [span, ...more] = weight.spans as [Span, ...Span[]];
+  if (weight.quantized) {
+    const spans = [span, weight.quantized.scales];
+    const suffixes = [...quantizedPlan(weight.shape as [number, number], weight.quantized.precision).keys()];
+    return {
+      tensors: new Map(spans.map(({ encoding, shape }, i) => [`${name}${suffixes[i]}`, { dtype: encoding as DType, shape }])),
+      values: () => Promise.all(spans.map(async (piece) => (await readWeight({ ...piece, spans: [piece] })).data)),
+    };
+  }
+  const { shape } = weight;
+  if (more.length === 0 && span.scale === undefined && !isBlockType(span.encoding)) {
+    return {
+      tensors: new Map([[name, { dtype: span.encoding, shape }]]),
+      values: async () => [(await readWeight(weight)).data],
+    };
+  }
+  return {
+    tensors: new Map([[name, { dtype: 'float16', shape }]]),
+    values: async () => [toFloat16((await readFloats(weight)).data)],
+  };
+}
