@@ -3,6 +3,7 @@ import { Command, CommanderError } from 'commander';
 import { MmditxError } from '../errors.ts';
 import { VERSION } from '../version.ts';
 import type { Context } from './context.ts';
+import { addDownload } from './download.ts';
 import { addGenerate } from './generate.ts';
 import { addInspect } from './inspect.ts';
 import { addProbe } from './probe.ts';
@@ -54,6 +55,7 @@ Examples:
   mmditx help generate`,
     );
   addGenerate(program, context);
+  addDownload(program, context);
   addInspect(program, context);
   addProbe(program, context);
   return program;

@@ -79,6 +79,9 @@ const settingsSchema = z.object({
     })
     .nullable(),
 
+  /** LoRAs given beside the prompt; those that it names stay in it. */
+  loras: z.array(z.object({ name: z.string(), strength: z.number(), clipStrength: z.number() })).default([]),
+
   /** The picture that was redrawn, by `imageHash`; null for a picture from noise alone. */
   initImage: z
     .object({ sha256, strength: share, denoiseRule: z.enum(['stability', 'comfyui', 'diffusers']) })

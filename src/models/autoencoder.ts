@@ -31,11 +31,11 @@ export function loadAutoencoder(
 ): Autoencoder {
   const { config } = part;
   const encoder = lazily(() => {
-    const bound = bindWeights(part, bytes);
+    const bound = bindWeights(part, { bytes });
     return runtime.compile({ outputs: { moments: encodeMoments(config, bound.weights, imageInput(config)) } }, bound);
   });
   const decoder = lazily(() => {
-    const bound = bindWeights(part, bytes);
+    const bound = bindWeights(part, { bytes });
     return runtime.compile({ outputs: { image: decode(config, bound.weights, latentInput(config)) } }, bound);
   });
   return {

@@ -7,6 +7,8 @@ import {
   concat,
   dequantize,
   elementCount,
+  type FloatTensor,
+  lowRankSum,
   multiply,
   type Program,
   parameter,
@@ -19,7 +21,23 @@ import type { PartWeights } from '../weights/checkpoint.ts';
 import { isBlockType, readFloats, type Span, type WeightTensor } from '../weights/stored.ts';
 import type { Weights } from './weights.ts';
 
-export interface BoundWeights extends Pick<CompileOptions, 'bind' | 'files'> {
+/** A change of a weight [out, in]: `up @ down` is added to it (`weights/lora.ts`). */
+export interface LowRankChange {
+  /** [out, rank] */
+  readonly up: FloatTensor;
+  /** [rank, in] */
+  readonly down: FloatTensor;
+}
+
+/** How a network is loaded. */
+export interface NetworkOptions extends Pick<CompileOptions, 'expandWeights' | 'packWeights'> {
+  /** Whole files by name, where the checkpoint's sources have no path (in a browser). */
+  readonly bytes?: ReadonlyMap<string, Uint8Array> | undefined;
+  /** Changes of weights by name. */
+  readonly changes?: ReadonlyMap<string, LowRankChange> | undefined;
+}
+
+export interface BoundWeights extends Pick<CompileOptions, 'bind' | 'files' | 'expandWeights' | 'packWeights'> {
   readonly weights: Weights;
   /** Reads what cannot be used where it lies in the file; to be awaited before the program is compiled. */
   read(): Promise<void>;
@@ -31,11 +49,11 @@ export async function compileBound(runtime: Runtime, program: Program, bound: Bo
   return runtime.compile(program, bound);
 }
 
-/**
- * The weights of one network for recording and compiling its program.
- * @param bytes whole files by name, where the checkpoint's sources have no path (in a browser)
- */
-export function bindWeights(part: PartWeights<unknown>, bytes?: ReadonlyMap<string, Uint8Array>): BoundWeights {
+/** The weights of one network for recording and compiling its program. */
+export function bindWeights(
+  part: PartWeights<unknown>,
+  { bytes, changes, ...compile }: NetworkOptions = {},
+): BoundWeights {
   const recorded = new Map<string, Tensor>();
   const files = new Map<string, WeightFile>();
   const bindings = new Map<string, Binding>();
@@ -64,6 +82,25 @@ export function bindWeights(part: PartWeights<unknown>, bytes?: ReadonlyMap<stri
     });
     return pieces.length === 1 ? pieces[0]! : concat(pieces, 0);
   };
+  const integers = (name: string, { spans, quantized }: WeightTensor): Tensor => {
+    const { precision, scales } = quantized!;
+    const pieces = spans.map((span, i) =>
+      dequantize(
+        precision,
+        parameterAt(`${name}.${i}`, span, span.shape),
+        parameterAt(`${name}.scale.${i}`, scales[i]!, scales[i]!.shape),
+      ),
+    );
+    return concat(pieces, 0);
+  };
+  const changed = (name: string, base: Tensor, { up, down }: LowRankChange): Tensor => {
+    const [left, right] = [up, down].map((factor, i) => {
+      const factorName = `${name}.${i === 0 ? 'up' : 'down'}`;
+      bindings.set(factorName, factor);
+      return parameter(factorName, 'float32', factor.shape);
+    }) as [Tensor, Tensor];
+    return lowRankSum(base, left, right);
+  };
   const weights: Weights = (name, shape) => {
     const known = recorded.get(name);
     if (known) return known;
@@ -71,18 +108,14 @@ export function bindWeights(part: PartWeights<unknown>, bytes?: ReadonlyMap<stri
     if (!weight || elementCount(weight.shape) !== elementCount(shape)) {
       throw new ShapeError(`The network asks for ${name} [${shape.join(', ')}], which ${part.file} does not have.`);
     }
-    const { quantized, spans } = weight;
-    const tensor = quantized
-      ? dequantize(
-          quantized.precision,
-          parameterAt(name, spans[0]!, spans[0]!.shape),
-          cast(parameterAt(`${name}.scale`, quantized.scales, quantized.scales.shape), 'float32'),
-        )
-      : floatingPoint(name, weight, shape);
+    const base = weight.quantized ? integers(name, weight) : floatingPoint(name, weight, shape);
+    const change = changes?.get(name);
+    const tensor = change ? changed(name, base, change) : base;
     recorded.set(name, tensor);
     return tensor;
   };
   return {
+    ...compile,
     weights,
     bind: (tensor) => bindings.get(tensor.name!)!,
     get files() {

@@ -124,7 +124,7 @@ function velocity(config: TransformerConfig, weights: Weights, { image, conditio
   const { hiddenSize, patchSize, outChannels } = config;
   const final = within(weights, 'final_layer');
   const [shift, scale] = modulation(final, conditioning, hiddenSize, 2) as [t.Tensor, t.Tensor];
-  const normal = modulate(t.layerNorm(image, TRANSFORMER_NORM_EPS), shift, scale);
+  const normal = modulatedNorm(image, shift, scale);
   return unpatchify(dense(within(final, 'linear'), normal, hiddenSize, outChannels * patchSize ** 2), config);
 }
 
@@ -141,14 +141,12 @@ function jointBlock(config: TransformerConfig, all: Weights, streams: Streams, l
 
   const mod = modulation(imageWeights, conditioning, hiddenSize, dual ? 9 : 6) as t.Tensor[];
   const contextMod = modulation(contextWeights, conditioning, hiddenSize, last ? 2 : 6) as t.Tensor[];
-  const imageNormal = t.layerNorm(image, TRANSFORMER_NORM_EPS);
-  const contextNormal = t.layerNorm(context, TRANSFORMER_NORM_EPS);
 
-  const fromImage = queryKeyValue(config, within(imageWeights, 'attn'), modulate(imageNormal, mod[0]!, mod[1]!));
+  const fromImage = queryKeyValue(config, within(imageWeights, 'attn'), modulatedNorm(image, mod[0]!, mod[1]!));
   const fromContext = queryKeyValue(
     config,
     within(contextWeights, 'attn'),
-    modulate(contextNormal, contextMod[0]!, contextMod[1]!),
+    modulatedNorm(context, contextMod[0]!, contextMod[1]!),
   );
   const [query, key, value] = fromContext.map((part, i) => t.concat([part, fromImage[i]!], 1)) as [
     t.Tensor,
@@ -162,7 +160,7 @@ function jointBlock(config: TransformerConfig, all: Weights, streams: Streams, l
   let x = residual(image, mod[2]!, projection(config, within(imageWeights, 'attn'), attendedImage));
   if (dual) {
     const second = within(imageWeights, 'attn2');
-    const [query2, key2, value2] = queryKeyValue(config, second, modulate(imageNormal, mod[6]!, mod[7]!));
+    const [query2, key2, value2] = queryKeyValue(config, second, modulatedNorm(image, mod[6]!, mod[7]!));
     x = residual(x, mod[8]!, projection(config, second, t.attention(query2, key2, value2, { heads })));
   }
   x = residual(x, mod[5]!, mlp(config, imageWeights, x, mod[3]!, mod[4]!));
@@ -201,7 +199,7 @@ function mlp(
   shift: t.Tensor,
   scale: t.Tensor,
 ): t.Tensor {
-  const normal = modulate(t.layerNorm(x, TRANSFORMER_NORM_EPS), shift, scale);
+  const normal = modulatedNorm(x, shift, scale);
   const hidden = t.geluTanh(dense(within(weights, 'mlp.fc1'), normal, hiddenSize, mlpHidden));
   return dense(within(weights, 'mlp.fc2'), hidden, mlpHidden, hiddenSize);
 }
@@ -222,8 +220,9 @@ function modulation(weights: Weights, conditioning: t.Tensor, hidden: number, pa
   return t.split(t.reshape(joined, [t.size(joined, 0), 1, parts * hidden]), parts, 2);
 }
 
-function modulate(x: t.Tensor, shift: t.Tensor, scale: t.Tensor): t.Tensor {
-  return t.add(t.multiply(x, t.add(scale, 1)), shift);
+/** Adaptive layer norm: the normalised tokens times 1 + scale, plus shift. */
+function modulatedNorm(x: t.Tensor, shift: t.Tensor, scale: t.Tensor): t.Tensor {
+  return t.layerNorm(x, TRANSFORMER_NORM_EPS, { scale: t.add(scale, 1), shift });
 }
 
 function residual(x: t.Tensor, gate: t.Tensor, change: t.Tensor): t.Tensor {

@@ -22,23 +22,45 @@ export function t5Inputs(): T5Inputs {
   return { ids: t.input('ids', 'int32', [batch, tokens]), buckets: t.input('buckets', 'int32', [tokens, tokens]) };
 }
 
-/** The normalised last hidden state: [batch, tokens, width]. */
+/** The normalised last hidden state: [batch, tokens, width]. This is the whole encoder; {@link t5Segment} is a part of it. */
 export function t5Encoder(config: T5Config, weights: Weights, { ids, buckets }: T5Inputs): t.Tensor {
-  const { width, layers, heads, vocabSize } = config;
-  let x = t.gather(weights('shared.weight', [vocabSize, width]), ids);
-  // The first block's table serves all blocks.
-  const table = weights('encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight', [
-    config.buckets,
-    heads,
-  ]);
-  const perHead = t.transpose(t.gather(table, buckets), [2, 0, 1]);
-  const bias = t.reshape(perHead, [1, ...perHead.shape]);
-  for (let layer = 0; layer < layers; layer++) {
-    const block = within(weights, `encoder.block.${layer}`);
-    x = t.add(x, selfAttention(config, within(block, 'layer.0'), x, bias));
-    x = t.add(x, feedForward(config, within(block, 'layer.1'), x));
-  }
+  const bias = distanceBias(config, weights, buckets);
+  let x = embed(config, weights, ids);
+  for (let layer = 0; layer < config.layers; layer++) x = block(config, weights, x, bias, layer);
+  return finalNorm(config, weights, x);
+}
+
+/**
+ * The layers from `start` to before `end`, the embedding before the first and the norm after the last, as a program of
+ * its own: it takes `ids` or the `hidden` state before its first layer, and `buckets`, and gives `hidden`.
+ */
+export function t5Segment(config: T5Config, weights: Weights, start: number, end: number): t.Program {
+  const { ids, buckets } = t5Inputs();
+  const bias = distanceBias(config, weights, buckets);
+  let x = start === 0 ? embed(config, weights, ids) : t.input('hidden', 'float32', [batch, tokens, config.width]);
+  for (let layer = start; layer < end; layer++) x = block(config, weights, x, bias, layer);
+  return { outputs: { hidden: end === config.layers ? finalNorm(config, weights, x) : x } };
+}
+
+function embed({ vocabSize, width }: T5Config, weights: Weights, ids: t.Tensor): t.Tensor {
+  return t.gather(weights('shared.weight', [vocabSize, width]), ids);
+}
+
+function finalNorm({ width }: T5Config, weights: Weights, x: t.Tensor): t.Tensor {
   return t.rmsNorm(x, weights('encoder.final_layer_norm.weight', [width]), T5_NORM_EPS);
+}
+
+/** What attention adds for each distance, [1, heads, tokens, tokens]; the first block's table serves all blocks. */
+function distanceBias(config: T5Config, weights: Weights, buckets: t.Tensor): t.Tensor {
+  const name = 'encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight';
+  const perHead = t.transpose(t.gather(weights(name, [config.buckets, config.heads]), buckets), [2, 0, 1]);
+  return t.reshape(perHead, [1, ...perHead.shape]);
+}
+
+function block(config: T5Config, all: Weights, x: t.Tensor, bias: t.Tensor, layer: number): t.Tensor {
+  const weights = within(all, `encoder.block.${layer}`);
+  const attended = t.add(x, selfAttention(config, within(weights, 'layer.0'), x, bias));
+  return t.add(attended, feedForward(config, within(weights, 'layer.1'), attended));
 }
 
 /** Attention with the distance bias and without the usual scale. */
@@ -57,7 +79,9 @@ function feedForward({ width, mlpWidth }: T5Config, weights: Weights, x: t.Tenso
   const normal = t.rmsNorm(x, weights('layer_norm.weight', [width]), T5_NORM_EPS);
   const gate = t.geluTanh(t.linear(normal, weights('DenseReluDense.wi_0.weight', [mlpWidth, width])));
   const value = t.linear(normal, weights('DenseReluDense.wi_1.weight', [mlpWidth, width]));
-  return t.linear(t.multiply(gate, value), weights('DenseReluDense.wo.weight', [width, mlpWidth]));
+  const wo = weights('DenseReluDense.wo.weight', [width, mlpWidth]);
+  // Some of these values are thousands of times larger than the rest: transformers keeps this layer in float32.
+  return t.linear(t.multiply(gate, value), wo, undefined, { exact: true });
 }
 
 /**

@@ -10,9 +10,10 @@ import { oneAtATime } from '../runtime/turns.ts';
 import type { FloatTensor } from '../tensor/index.ts';
 import type { PartWeights } from '../weights/checkpoint.ts';
 import { batchItems, joinBatches, repeatTo } from './batches.ts';
-import { bindWeights, compileBound } from './bind.ts';
+import { bindWeights, compileBound, type NetworkOptions } from './bind.ts';
 import type { TransformerConfig } from './config.ts';
 import { type Lazy, lazily } from './lazily.ts';
+import type { StepCache } from './step-cache.ts';
 import { centreCorner, mmditxSegment, stageCount, stageOf, timestepEmbedding } from './mmditx.ts';
 
 /** One evaluation of the model on the latent at hand. */
@@ -23,6 +24,11 @@ export interface TransformerPass {
   readonly pooled: FloatTensor;
   /** Indices of blocks to leave out (skip-layer guidance; Stability-AI/sd3.5, `skip_layers`). */
   readonly skipLayers?: readonly number[];
+}
+
+export interface VelocityOptions extends RunOptions {
+  /** Reuses work of earlier evaluations of the same sampling run. */
+  readonly cache?: StepCache | undefined;
 }
 
 export interface Transformer {
@@ -37,7 +43,7 @@ export interface Transformer {
     latent: FloatTensor,
     timesteps: ArrayLike<number>,
     passes: readonly TransformerPass[],
-    options?: RunOptions,
+    options?: VelocityOptions,
   ): Promise<FloatTensor[]>;
   dispose(): Promise<void>;
 }
@@ -52,44 +58,40 @@ type Flow = Readonly<Record<string, FloatTensor>>;
 export function loadTransformer(
   runtime: Runtime,
   part: PartWeights<TransformerConfig>,
-  bytes?: ReadonlyMap<string, Uint8Array>,
+  options: NetworkOptions = {},
 ): Transformer {
   const { config } = part;
-  const bound = bindWeights(part, bytes);
+  const bound = bindWeights(part, options);
+  const stages = stageCount(config);
   /** Stages where the network is cut, so that the ranges between them run apart. */
-  let cuts = [0, stageCount(config)];
-  let segments = new Map<number, Lazy>();
-  // A pass that cuts the network elsewhere must not do so under one that is running.
+  let cuts = [0, stages];
+  /** By the stage they start at. */
+  const segments = new Map<number, Segment>();
+  // An evaluation that cuts the network elsewhere must not do so under one that is running.
   const inTurn = oneAtATime();
 
-  const segmentFrom = (start: number): Lazy => {
+  const segmentFrom = (start: number): Segment => {
     const known = segments.get(start);
     if (known) return known;
     const end = cuts[cuts.indexOf(start) + 1]!;
-    const segment = lazily(() => compileBound(runtime, mmditxSegment(config, bound.weights, start, end), bound));
+    const program = lazily(() => compileBound(runtime, mmditxSegment(config, bound.weights, start, end), bound));
+    const segment = { start, end, program };
     segments.set(start, segment);
     return segment;
   };
-  const dispose = async () => {
-    const loaded = [...segments.values()];
-    segments = new Map();
-    await Promise.all(loaded.map((segment) => segment.dispose()));
+  const dispose = async (unwanted: readonly Segment[]) => {
+    for (const { start } of unwanted) segments.delete(start);
+    await Promise.all(unwanted.map(({ program }) => program.dispose()));
   };
-  /** Cuts the network before and after every run of skipped layers. */
-  const cutAround = async (layers: readonly number[]) => {
-    const stages = new Set(layers.map(stageOf));
-    const edges = [...stages].flatMap((stage) => [
-      ...(stages.has(stage - 1) ? [] : [stage]),
-      ...(stages.has(stage + 1) ? [] : [stage + 1]),
-    ]);
-    if (edges.every((edge) => cuts.includes(edge))) return;
-    await dispose();
+  /** Cuts stay, as guidance comes and goes; segments that no new one falls into are kept. */
+  const cutAt = async (edges: readonly number[]) => {
     cuts = [...new Set([...cuts, ...edges])].sort((a, b) => a - b);
+    await dispose([...segments.values()].filter(({ start, end }) => edges.some((edge) => start < edge && edge < end)));
   };
 
   return {
     config,
-    dispose: () => inTurn(dispose),
+    dispose: () => inTurn(() => dispose([...segments.values()])),
     velocities: (latent, timesteps, passes, options) => inTurn(() => evaluate(latent, timesteps, passes, options)),
   };
 
@@ -97,67 +99,97 @@ export function loadTransformer(
     latent: FloatTensor,
     timesteps: ArrayLike<number>,
     passes: readonly TransformerPass[],
-    options: RunOptions = {},
+    { cache, signal }: VelocityOptions = {},
   ): Promise<FloatTensor[]> {
     for (const { skipLayers } of passes) requireLayers(config, skipLayers ?? []);
-    await cutAround([...new Set(passes.flatMap(({ skipLayers }) => skipLayers ?? []))]);
+    const skipped = passes.map(({ skipLayers }) => new Set(skipLayers?.map(stageOf)));
+    const [firstBlock, secondBlock, output] = [stageOf(0), stageOf(1), stageOf(config.depth)];
+    await cutAt([...skipped.flatMap(edgesOf), ...(cache ? [firstBlock, secondBlock, output] : [])]);
+
     const [batch, , height, width] = latent.shape as [number, number, number, number];
     const [rows, columns] = [height / config.patchSize, width / config.patchSize];
     const corner = centreCorner(config.tableSize, rows, columns);
     const timestep = repeatTo(timestepEmbedding(timesteps, config.timestepWidth), batch);
-    const starts = cuts.slice(0, -1);
 
-    const inputsOf = (group: readonly TransformerPass[]): Flow => ({
-      latent: joinBatches(group.map(() => latent)),
-      timestep: joinBatches(group.map(() => timestep)),
-      context: joinBatches(group.map(({ context }) => repeatTo(context, batch))),
-      pooled: joinBatches(group.map(({ pooled }) => repeatTo(pooled, batch))),
-    });
-    const run = async (start: number, flow: Flow): Promise<Flow> => {
-      options.signal?.throwIfAborted();
-      return (await (await segmentFrom(start).get()).run({ ...flow, corner }, options)) as Flow;
+    /** Takes every pass through the segments between two cuts; passes with the same tokens share the work. */
+    const advance = async (flows: readonly Flow[], from: number, to: number): Promise<readonly Flow[]> => {
+      let current = flows;
+      for (const start of cuts.filter((cut) => from <= cut && cut < to)) {
+        const { program } = segmentFrom(start);
+        const wanted = new Set(current.filter((_, i) => !skipped[i]!.has(start)));
+        const results = new Map<Flow, Flow>();
+        for (const group of batches([...wanted], batch * rows * columns)) {
+          signal?.throwIfAborted();
+          const inputs = { ...joinFlows(group), corner };
+          const joined = (await (await program.get()).run(inputs, { signal })) as Flow;
+          for (const [i, flow] of group.entries()) results.set(flow, itemsOf(joined, i * batch, batch));
+        }
+        current = current.map((flow, i) => (skipped[i]!.has(start) ? flow : results.get(flow)!));
+      }
+      return current;
     };
 
-    const results = new Map<TransformerPass, FloatTensor>();
-    // The streams of complete passes before each segment, for the passes that skip layers of them.
-    const streams = new Map<TransformerPass, Map<number, Flow>>();
-    const complete = passes.filter(({ skipLayers }) => !skipLayers?.length);
-    for (const group of batches(complete, batch * rows * columns)) {
-      let flow = inputsOf(group);
-      for (const pass of group) streams.set(pass, new Map());
-      for (const start of starts) {
-        for (const [i, pass] of group.entries()) streams.get(pass)!.set(start, itemsOf(flow, i * batch, batch));
-        flow = await run(start, flow);
-      }
-      for (const [i, pass] of group.entries()) results.set(pass, batchItems(flow.velocity!, i * batch, batch));
-    }
+    const inputs: { readonly pass: TransformerPass; readonly flow: Flow }[] = [];
     for (const pass of passes) {
-      const skipped = (pass.skipLayers ?? []).map(stageOf);
-      if (skipped.length === 0) continue;
-      const whole = complete.find(({ context, pooled }) => context === pass.context && pooled === pass.pooled);
-      const from = whole ? starts.findLast((start) => start <= Math.min(...skipped))! : 0;
-      let flow = whole ? streams.get(whole)!.get(from)! : inputsOf([pass]);
-      for (const start of starts) {
-        if (start >= from && !skipped.includes(start)) flow = await run(start, flow);
-      }
-      results.set(pass, flow.velocity!);
+      const { context, pooled } = pass;
+      const twin = inputs.find(({ pass: other }) => other.context === context && other.pooled === pooled);
+      const flow = { latent, timestep, context: repeatTo(context, batch), pooled: repeatTo(pooled, batch) };
+      inputs.push({ pass, flow: twin?.flow ?? flow });
     }
-    return passes.map((pass) => results.get(pass)!);
+    let flows: readonly Flow[] = inputs.map(({ flow }) => flow);
+    if (cache) {
+      const embedded = await advance(flows, 0, firstBlock);
+      const first = await advance(embedded, firstBlock, secondBlock);
+      const states = passes.map((pass, i) => ({ pass, before: embedded[i]!.image!, first: first[i]!.image! }));
+      const estimates = cache.estimate(states, timesteps);
+      if (estimates) {
+        flows = first.map((flow, i) => ({ ...flow, image: estimates[i]! }));
+      } else {
+        flows = await advance(first, secondBlock, output);
+        cache.remember(
+          states,
+          flows.map(({ image }) => image!),
+        );
+      }
+      flows = await advance(flows, output, stages);
+    } else {
+      flows = await advance(flows, 0, stages);
+    }
+    return flows.map(({ velocity }) => velocity!);
   }
 }
 
-/** Passes that can run as one batch: of equal text length, and not too many tokens together. */
-function batches(passes: readonly TransformerPass[], tokens: number): TransformerPass[][] {
-  const result: TransformerPass[][] = [];
-  for (const pass of passes) {
+interface Segment {
+  /** Stages that the segment runs: from `start` to before `end`. */
+  readonly start: number;
+  readonly end: number;
+  readonly program: Lazy;
+}
+
+/** Where the network is to be cut, so that a pass can go around these stages: before and after every run of them. */
+function edgesOf(stages: ReadonlySet<number>): number[] {
+  return [...stages].flatMap((stage) => [
+    ...(stages.has(stage - 1) ? [] : [stage]),
+    ...(stages.has(stage + 1) ? [] : [stage + 1]),
+  ]);
+}
+
+/** Streams that can run as one batch: of equal text length, and not too many image tokens together. */
+function batches(flows: readonly Flow[], tokens: number): Flow[][] {
+  const result: Flow[][] = [];
+  for (const flow of flows) {
     const group = result.find(
       (other) =>
-        other[0]!.context.shape[1] === pass.context.shape[1] && (other.length + 1) * tokens <= LARGEST_BATCH_TOKENS,
+        other[0]!.context!.shape[1] === flow.context!.shape[1] && (other.length + 1) * tokens <= LARGEST_BATCH_TOKENS,
     );
-    if (group) group.push(pass);
-    else result.push([pass]);
+    if (group) group.push(flow);
+    else result.push([flow]);
   }
   return result;
+}
+
+function joinFlows(flows: readonly Flow[]): Flow {
+  return Object.fromEntries(Object.keys(flows[0]!).map((name) => [name, joinBatches(flows.map((flow) => flow[name]!))]));
 }
 
 function itemsOf(flow: Flow, start: number, count: number): Flow {

@@ -9,6 +9,7 @@ import { type DenoiseRule, MAX_STEPS, type ScheduleName, scheduleNames } from '.
 import type { FloatTensor } from '../tensor/data.ts';
 import type { PromptSyntax } from '../text/prompt-weights.ts';
 import type { TokenOptions } from '../text/tokens.ts';
+import type { LoraUse } from '../weights/lora.ts';
 import type { ModelDefaults } from './defaults.ts';
 
 export interface GenerateOptions {
@@ -35,6 +36,8 @@ export interface GenerateOptions {
   batchSize?: number;
   /** Skip-layer guidance: `true` for the official settings, or those to change (default off, as in the references). */
   skipLayerGuidance?: boolean | Partial<SkipLayerGuidance>;
+  /** LoRAs with their strengths (default none), besides those that the prompt names as in `<lora:name:0.8>`. */
+  loras?: readonly LoraUse[];
   /** Picture to start from, of the size asked for. */
   initImage?: RgbImage;
   /** Share of `initImage` that is redrawn, above 0 to 1 (default 0.8, Stability's). */
@@ -100,6 +103,7 @@ export function completeOptions(options: GenerateOptions, model: ModelFacts): Co
     seed: options.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]!,
     batchSize: options.batchSize ?? 1,
     skipLayerGuidance: guidance ? { ...defaults.skipLayer, ...definedMembers(guidance) } : undefined,
+    loras: options.loras ?? [],
     initImage,
     strength: options.strength ?? (initImage ? defaults.denoise : 1),
     denoiseRule: options.denoiseRule ?? defaults.denoiseRule,

@@ -7,6 +7,7 @@ import { fitPreviewFactors, type PreviewFactors, previewImage } from '../image/p
 import { type GenerationSettings, settingsText } from '../image/settings.ts';
 import { type Autoencoder, latentOf, loadAutoencoder } from '../models/autoencoder.ts';
 import { T5_DEFAULT_TOKENS, vaeDownscale } from '../models/config.ts';
+import type { NetworkOptions } from '../models/bind.ts';
 import { type ClipEncoder, loadClip, loadT5, type T5Encoder } from '../models/text-encoders.ts';
 import { loadTransformer, type Transformer } from '../models/transformer.ts';
 import type { Runtime } from '../runtime/runtime.ts';
@@ -16,12 +17,17 @@ import { samplers } from '../sampling/samplers.ts';
 import { partialSigmas, scheduleSigmas, timestep } from '../sampling/schedules.ts';
 import type { Denoiser } from '../sampling/steps.ts';
 import { elementCount, type FloatTensor, floats } from '../tensor/data.ts';
-import { type Conditioning, type Encoders, encodePrompt } from '../text/conditioning.ts';
+import { type Conditioning, type Encoders, encodePrompts } from '../text/conditioning.ts';
+import { extractLoras } from '../text/lora-prompt.ts';
 import { clipTokenizer, t5Tokenizer } from '../text/tokenizer.ts';
 import { type TextEncoders, tokenizePrompt } from '../text/tokens.ts';
 import { VERSION } from '../version.ts';
 import { type Checkpoint, partTitles } from '../weights/checkpoint.ts';
+import type { Precision } from '../weights/convert.ts';
 import { findNonFinite } from '../weights/inspect.ts';
+import { combineLoras, type Lora, type LoraUse } from '../weights/lora.ts';
+import type { LoraPart } from '../weights/lora-names.ts';
+import { quote } from '../weights/quote.ts';
 import { type ModelDefaults, modelDefaults, storedPreviewFactors } from './defaults.ts';
 import { type CompleteOptions, completeOptions, type GenerateOptions } from './options.ts';
 
@@ -48,8 +54,13 @@ export type GenerationEvent =
   | { readonly type: 'images'; readonly images: readonly GeneratedImage[] };
 
 export interface StableDiffusion {
+  /** Name and hash of the model, as settings in pictures have them. */
+  readonly model: ModelIdentity;
   /** What this model uses where an option is left out. */
   readonly defaults: ModelDefaults;
+  /** Widths and heights are multiples of this. */
+  readonly sizeUnit: number;
+  readonly precision: Precision;
   /**
    * Draws pictures.
    * @param onEvent called with warnings and after every step
@@ -69,8 +80,22 @@ export interface PipelineSource {
   readonly tokenizers?: { readonly clip?: string; readonly t5?: string };
   /** Whole files by name, where the checkpoint's sources have no path (in a browser). */
   readonly bytes?: ReadonlyMap<string, Uint8Array>;
-  /** Name and hash of the model, for the settings in pictures. */
-  readonly model: { readonly name: string; readonly hash: string | null };
+  readonly model: ModelIdentity;
+  /** What the weights are kept as (default `fp32`). */
+  readonly precision?: Precision;
+  /**
+   * Give each network's memory back once it has done its work for a picture (default false): text encoders before the
+   * transformer loads, the transformer before the picture is decoded.
+   */
+  readonly release?: boolean;
+  /** The LoRA that a tag in a prompt names; without it, prompts cannot name any. */
+  readonly findLora?: (name: string) => Promise<Lora>;
+}
+
+export interface ModelIdentity {
+  readonly name: string;
+  /** Null where it is unknown. */
+  readonly hash: string | null;
 }
 
 /** The networks of a checkpoint, ready to load when first used. */
@@ -87,7 +112,7 @@ interface Networks {
  * @throws MmditxError `missing-part`
  */
 export function createPipeline(source: PipelineSource): StableDiffusion {
-  const { checkpoint, runtime, bytes } = source;
+  const { checkpoint, release = false, precision = 'fp32' } = source;
   const { parts } = checkpoint;
   for (const part of ['transformer', 'vae'] as const) {
     if (!parts[part]) {
@@ -95,12 +120,17 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
       throw new MmditxError('missing-part', `There is no ${partTitles[part]} in ${files}; add the file that holds it.`);
     }
   }
-  const networks: Networks = {
-    transformer: loadTransformer(runtime, parts.transformer!, bytes),
-    vae: loadAutoencoder(runtime, parts.vae!, bytes),
-    clipL: parts.clipL && loadClip(runtime, parts.clipL, bytes),
-    clipG: parts.clipG && loadClip(runtime, parts.clipG, bytes),
-    t5: parts.t5 && loadT5(runtime, parts.t5, bytes),
+  let networks = loadNetworks(source, []);
+  let loras = '';
+  /** The networks with LoRAs; those with other LoRAs give their memory back. */
+  const networksWith = async (used: readonly LoraUse[]): Promise<Networks> => {
+    const key = JSON.stringify(used.map(({ lora, ...strengths }) => [lora.name, strengths]));
+    if (key !== loras) {
+      const changed = loadNetworks(source, used);
+      await disposeNetworks(networks);
+      [networks, loras] = [changed, key];
+    }
+    return networks;
   };
   const encoders = textEncoders(source);
   if (!encoders.clipL && !encoders.clipG && !encoders.t5) {
@@ -113,6 +143,7 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
     defaults,
     t5Tokens: networks.t5?.config.tokens ?? 0,
   };
+  const sizeUnit = vaeDownscale(facts.vae) * facts.transformer.patchSize;
   let previewFactors: PreviewFactors | undefined = storedPreviewFactors(parts.vae!.metadata, parts.vae!.file);
 
   let disposed = false;
@@ -123,8 +154,11 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
   async function* draw(options: GenerateOptions): AsyncGenerator<GenerationEvent, void> {
     requireModel();
     const complete = completeOptions(options, { ...facts, t5Tokens: facts.t5Tokens || 1 });
+    const { prompts, used, warnings: ignored } = await promptLoras(complete, source.findLora);
+    for (const message of ignored) yield { type: 'warning', message };
+    const networks = await networksWith(used);
     for (const message of missingEncoders(networks)) yield { type: 'warning', message };
-    const { warnings, positive, negative } = await conditioningOf(networks, encoders, complete);
+    const { warnings, positive, negative } = await conditioningOf(networks, encoders, { ...complete, ...prompts });
     for (const message of warnings) yield { type: 'warning', message };
 
     const latentShape = [
@@ -145,7 +179,10 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
       yield { type: 'step', step: done, steps, sigma, preview: preview(denoised) };
     }
     complete.signal?.throwIfAborted();
-    yield { type: 'images', images: await pictures(source, networks, complete, floats(latentShape, latent!)) };
+    if (release) await networks.transformer.dispose();
+    const images = await pictures({ ...source, precision }, networks, complete, floats(latentShape, latent!));
+    if (release) await networks.vae.dispose();
+    yield { type: 'images', images };
   }
 
   async function* stream(options: GenerateOptions): AsyncGenerator<GenerationEvent, void> {
@@ -157,7 +194,10 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
   }
 
   return {
+    model: source.model,
     defaults,
+    sizeUnit,
+    precision,
     stream,
     async generate(options, onEvent) {
       let images: readonly GeneratedImage[] = [];
@@ -169,9 +209,54 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
     },
     async dispose() {
       disposed = true;
-      await Promise.all(Object.values(networks).map((network) => network?.dispose()));
+      await disposeNetworks(networks);
     },
   };
+}
+
+/** Prepares the networks of a checkpoint with LoRAs; weights load at the first use. */
+function loadNetworks(source: PipelineSource, loras: readonly LoraUse[]): Networks {
+  const { checkpoint, runtime, bytes, release = false, precision = 'fp32' } = source;
+  const { transformer, vae, clipL, clipG, t5 } = checkpoint.parts;
+  const options = (part: LoraPart): NetworkOptions => {
+    const shapes = new Map([...(checkpoint.parts[part]?.tensors ?? [])].map(([name, { shape }]) => [name, shape]));
+    return { bytes, changes: combineLoras(loras, part, shapes), expandWeights: precision === 'fp32' };
+  };
+  const encoderOptions = (part: LoraPart) => ({ ...options(part), release });
+  return {
+    transformer: loadTransformer(runtime, transformer!, options('transformer')),
+    vae: loadAutoencoder(runtime, vae!, bytes),
+    clipL: clipL && loadClip(runtime, clipL, encoderOptions('clipL')),
+    clipG: clipG && loadClip(runtime, clipG, encoderOptions('clipG')),
+    t5: t5 && loadT5(runtime, t5, encoderOptions('t5')),
+  };
+}
+
+async function disposeNetworks(networks: Networks): Promise<void> {
+  await Promise.all(Object.values(networks).map((network) => network?.dispose()));
+}
+
+/** The LoRAs of options and prompt, and the prompts without their tags. */
+async function promptLoras(
+  { prompt, negativePrompt, promptSyntax, loras }: CompleteOptions,
+  findLora: PipelineSource['findLora'],
+): Promise<{
+  prompts: Pick<CompleteOptions, 'prompt' | 'negativePrompt'>;
+  used: readonly LoraUse[];
+  warnings: readonly string[];
+}> {
+  if (promptSyntax !== 'a1111') return { prompts: { prompt, negativePrompt }, used: loras, warnings: [] };
+  const positive = extractLoras(prompt);
+  const negative = extractLoras(negativePrompt);
+  const used = [...loras];
+  for (const { name, strength, clipStrength } of positive.loras) {
+    if (!findLora) {
+      throw new MmditxError('bad-option', `The prompt asks for the LoRA ${quote(name)}, but none can be found by name here; give it as an option.`);
+    }
+    used.push({ lora: await findLora(name), strength, clipStrength });
+  }
+  const warnings = negative.loras.length > 0 ? ['LoRAs in the negative prompt have no effect.'] : [];
+  return { prompts: { prompt: positive.prompt, negativePrompt: negative.prompt }, used, warnings };
 }
 
 /** Tokenizers of the encoders at hand; those that the checkpoint brings come first. */
@@ -211,17 +296,13 @@ async function conditioningOf(
   const own = t5 && t5.config.tokens !== T5_DEFAULT_TOKENS ? { trainedT5Tokens: t5.config.tokens } : {};
   const { promptSyntax: syntax, longPrompt, t5Tokens } = options;
   const tokenOptions = { syntax, longPrompt, t5Tokens, ...own };
-  const encode = (tokens: ReturnType<typeof tokenizePrompt>) =>
-    encodePrompt(tokens, encoders, { signal: options.signal, missingT5: options.missingT5 });
-  const positiveTokens = tokenizePrompt(options.prompt, textEncoders, tokenOptions);
-  const positive = await encode(positiveTokens);
-  if (options.cfg === 1) return { warnings: [...positiveTokens.warnings], positive, negative: positive };
-  const negativeTokens = tokenizePrompt(options.negativePrompt, textEncoders, tokenOptions);
-  return {
-    warnings: [...new Set([...positiveTokens.warnings, ...negativeTokens.warnings])],
-    positive,
-    negative: await encode(negativeTokens),
-  };
+  const texts = options.cfg === 1 ? [options.prompt] : [options.prompt, options.negativePrompt];
+  const tokens = texts.map((text) => tokenizePrompt(text, textEncoders, tokenOptions));
+  const [positive, negative = positive] = (await encodePrompts(tokens, encoders, {
+    signal: options.signal,
+    missingT5: options.missingT5,
+  })) as [Conditioning, Conditioning?];
+  return { warnings: [...new Set(tokens.flatMap(({ warnings }) => warnings))], positive, negative };
 }
 
 /** Noise, or a noised picture, down the schedule to a latent. */
@@ -316,7 +397,7 @@ function maskedDenoiser(
 }
 
 async function pictures(
-  { model, runtime }: PipelineSource,
+  { model, runtime, precision = 'fp32' }: PipelineSource,
   { vae }: Networks,
   options: CompleteOptions,
   latent: FloatTensor,
@@ -329,7 +410,7 @@ async function pictures(
     software: `mmditx ${VERSION}`,
     model: { ...model },
     device: runtime.device,
-    precision: 'float32',
+    precision,
     prompt: options.prompt,
     negativePrompt: options.negativePrompt,
     promptSyntax: options.promptSyntax,
@@ -343,6 +424,11 @@ async function pictures(
     scheduler: options.scheduler,
     shift: options.shift,
     seed: options.seed,
+    loras: options.loras.map(({ lora, strength, clipStrength = strength }) => ({
+      name: lora.name.slice(lora.name.search(/[^/\\]*$/)),
+      strength,
+      clipStrength,
+    })),
     skipLayerGuidance: options.skipLayerGuidance
       ? { ...options.skipLayerGuidance, layers: [...options.skipLayerGuidance.layers] }
       : null,

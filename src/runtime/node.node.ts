@@ -1,5 +1,6 @@
 /** Running programs in Node, with onnxruntime-node: CPU, WebGPU, CUDA, DirectML, CoreML. */
 
+import './telemetry.node.ts';
 import { availableParallelism } from 'node:os';
 import { dirname } from 'node:path';
 import { InferenceSession, listSupportedBackends, Tensor } from 'onnxruntime-node';
@@ -80,7 +81,10 @@ function sessionOptions(
     ...(inMemory.length > 0 ? { externalData: inMemory } : {}),
     ...(compile.profile ? { enableProfiling: true, profileFilePrefix: compile.profile } : {}),
     extra: {
-      ...(folder ? { session: { model_external_initializers_file_folder_path: folder } } : {}),
+      session: {
+        ...(folder && { model_external_initializers_file_folder_path: folder }),
+        ...(compile.packWeights === false && { disable_prepacking: '1' }),
+      },
       // Folding would compute every conversion of a weight once and keep the result beside it.
       ...(compile.expandWeights === false ? { optimization: { disable_specified_optimizers: 'ConstantFolding' } } : {}),
     },

@@ -67,7 +67,12 @@ export interface CompileOptions {
    * Whether weights in 16 bits or less become float32 once and stay so (default), which is fastest, or at each run,
    * which leaves them where they are mapped.
    */
-  expandWeights?: boolean;
+  expandWeights?: boolean | undefined;
+  /**
+   * Whether the processor's products get weights in the order they like best, a copy made while compiling (default), or
+   * take them from where they are mapped: better for a program that runs once, or where memory is short.
+   */
+  packWeights?: boolean | undefined;
   /** Writes ONNX Runtime's profile (JSON) to a file that starts with this, when the executable is disposed of. */
   profile?: string;
 }
@@ -97,7 +102,7 @@ export interface Engine {
 
 /** A runtime on an ONNX Runtime binding. */
 export function createRuntime(engine: Engine): Runtime {
-  let tried: Promise<{ fusedAttention: boolean }> | undefined;
+  let tried: Promise<OnnxOptions> | undefined;
   const tryOnce = () => {
     tried ??= tryDevice(engine);
     return tried;
@@ -136,7 +141,7 @@ const TRIAL_TOLERANCE = 3e-3;
  * definition: the WebGPU kernel of ONNX Runtime 1.30 counts keys twice where a subgroup has only four lanes (software
  * adapters such as SwiftShader, some phones), and says nothing.
  */
-async function tryDevice(engine: Engine): Promise<{ fusedAttention: boolean }> {
+async function tryDevice(engine: Engine): Promise<OnnxOptions> {
   const shape = [1, TRIAL_TOKENS, TRIAL_WIDTH];
   const x = input('x', 'float32', shape);
   const bias = input('bias', 'float32', [1, 1, TRIAL_TOKENS, TRIAL_TOKENS]);
@@ -155,7 +160,7 @@ async function tryDevice(engine: Engine): Promise<{ fusedAttention: boolean }> {
       bias: floats([1, 1, TRIAL_TOKENS, TRIAL_TOKENS], values(TRIAL_TOKENS ** 2)),
     });
     await program.dispose();
-    return { fusedAttention: Number(error!.data[0]) < TRIAL_TOLERANCE };
+    return { fusedAttention: Number(error!.data[0]) < TRIAL_TOLERANCE, cpu: engine.device === 'cpu' };
   } catch (cause) {
     throw unavailable(engine.device, engine.remedy, cause);
   }

@@ -97,9 +97,15 @@ export function numberToFloat16(value: number): number {
   return sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >>> 13) & 1)) >>> 13);
 }
 
+/** The values of all codes of a format, made once. */
+const decodingTables = new Map<(bits: number) => number, Float32Array>();
+
 function decode(bits: ArrayLike<number>, toNumber: (bits: number) => number, codes: number): Float32Array {
-  const table = new Float32Array(codes);
-  for (let code = 0; code < codes; code++) table[code] = toNumber(code);
+  let table = decodingTables.get(toNumber);
+  if (!table) {
+    table = Float32Array.from({ length: codes }, (_, code) => toNumber(code));
+    decodingTables.set(toNumber, table);
+  }
   const values = new Float32Array(bits.length);
   for (let i = 0; i < bits.length; i++) values[i] = table[bits[i]!]!;
   return values;
@@ -119,12 +125,17 @@ export function toFloat32(tensor: TensorData): Float32Array {
       return new Float32Array(values.buffer);
     }
     case 'float8e5m2':
-      return decode(data as Uint8Array, (bits) => float16ToNumber(bits << 8), 0x100);
+      return decode(data as Uint8Array, float8e5m2ToNumber, 0x100);
     case 'float8e4m3':
       return decode(data as Uint8Array, float8e4m3ToNumber, 0x100);
     default:
       return Float32Array.from(data as ArrayLike<number | bigint>, Number);
   }
+}
+
+/** E5M2 is the upper half of a half-precision number. */
+function float8e5m2ToNumber(bits: number): number {
+  return float16ToNumber(bits << 8);
 }
 
 /** E4M3 without infinities (the "fn" variant): exponent bias 7, only 0x7f and 0xff are NaN. */

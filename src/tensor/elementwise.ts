@@ -103,7 +103,8 @@ export function gelu(x: Tensor): Tensor {
 const LINEAR = 2 * Math.sqrt(2 / Math.PI);
 const CUBIC = LINEAR * 0.044715;
 const GELU_TANH: Operation = {
-  name: 'Gelu',
+  name: 'FastGelu',
+  domain: 'com.microsoft',
   gradient(output, upstream) {
     const x = output.inputs[0]!;
     const squared = square(x);
@@ -114,5 +115,5 @@ const GELU_TANH: Operation = {
 };
 /** GELU by its tanh approximation, the activation of T5 and of the diffusion transformer. */
 export function geluTanh(x: Tensor): Tensor {
-  return record(GELU_TANH, [x], x.shape, { attributes: { approximate: 'tanh' } });
+  return record(GELU_TANH, [x], x.shape);
 }

@@ -9,7 +9,6 @@ export { gradients } from './gradient.ts';
 export * from './layout.ts';
 export * from './linear.ts';
 export * from './normalization.ts';
-export { dequantize, INT4_BLOCK, type QuantizedPrecision } from './quantized.ts';
 export {
   type Binding,
   leaves,
@@ -19,5 +18,6 @@ export {
   type Program,
   writeOnnx,
 } from './onnx.ts';
+export { dequantize, INT4_BLOCK, type QuantizedPrecision } from './quantized.ts';
 export * from './reduction.ts';
 export { constant, input, parameter, ShapeError, scalar, size, type Tensor } from './tensor.ts';

@@ -95,6 +95,11 @@ export function concat(parts: readonly Tensor[], axis: number): Tensor {
   return record(CONCAT, parts, first.shape.with(at, total), { attributes: { axis: at } });
 }
 
+/** What was joined along an axis, where a tensor is such a join. */
+export function joinedParts(x: Tensor, axis: number): readonly Tensor[] | undefined {
+  return x.operation === CONCAT && x.attributes.axis === normalAxis('Concat', x, axis) ? x.inputs : undefined;
+}
+
 const SLICE: Operation = {
   name: 'Slice',
   gradient(output, upstream) {
@@ -135,6 +140,8 @@ export function split(x: Tensor, pieces: number, axis: number): Tensor[] {
   const at = normalAxis('Split', x, axis);
   const length = exactQuotient(x.shape[at]!, pieces);
   if (length === undefined) misfit('Split', `axis ${at} does not divide into ${pieces}`, x);
+  const parts = joinedParts(x, at);
+  if (parts?.length === pieces && parts.every((part) => sameDimension(part.shape[at]!, length))) return [...parts];
   return Array.from({ length: pieces }, (_, i) => slice(x, at, times(i, length), length));
 }
 

@@ -1,7 +1,8 @@
 /** Matrix products. */
 
 import { type Dimension, sameDimension, volume } from './dimension.ts';
-import { reshape, transpose } from './layout.ts';
+import { add } from './elementwise.ts';
+import { concat, joinedParts, reshape, slice, transpose } from './layout.ts';
 import { isDequantized, quantizedProduct } from './quantized.ts';
 import { sum } from './reduction.ts';
 import { misfit, type Operation, record, requireSameType, requireVector, type Tensor } from './tensor.ts';
@@ -26,21 +27,82 @@ function gemm(a: Tensor, b: Tensor, transposeA: boolean, transposeB: boolean, bi
   });
 }
 
+export interface LinearOptions {
+  /** Multiply in floating point where the weight is dequantised, too: for an x with values far larger than the rest. */
+  exact?: boolean;
+}
+
 /**
- * x W^T + b: `x` [..., in], `weight` [out, in] as checkpoints store it, `bias` [out]; gives [..., out]. A dequantised
- * weight is multiplied in its integers.
+ * x W^T + b: `x` [..., in], `weight` [out, in] as checkpoints store it, `bias` [out]; gives [..., out].
+ * The form of the weight decides how it is multiplied: a dequantised one in its integers, one joined of several with
+ * each of them, a low-rank sum with the base and the change apart.
  */
-export function linear(x: Tensor, weight: Tensor, bias?: Tensor): Tensor {
+export function linear(x: Tensor, weight: Tensor, bias?: Tensor, options: LinearOptions = {}): Tensor {
   requireSameType('Linear', x, weight);
   const [out, width] = weight.shape;
   if (weight.shape.length !== 2 || !sameDimension(x.shape.at(-1)!, width!)) {
     misfit('Linear', 'the last axis of x must be the second of the weight', x, weight);
   }
   if (bias) requireVector('Linear', bias, out!, weight);
+  if (weight.operation === LOW_RANK_SUM) {
+    const [base, up, down] = weight.inputs as [Tensor, Tensor, Tensor];
+    return add(linear(x, base, bias, options), linear(linear(x, down), up));
+  }
+  const parts = joinedParts(weight, 0);
+  if (parts) return concat(partialProducts(x, parts, bias, options), -1);
   const leading = x.shape.slice(0, -1);
   const flat = reshape(x, [volume(leading), width!]);
-  const product = isDequantized(weight) ? quantizedProduct(flat, weight, bias) : gemm(flat, weight, false, true, bias);
-  return reshape(product, [...leading, out!]);
+  if (isDequantized(weight)) {
+    const product = reshape(quantizedProduct(flat, weight, options.exact), [...leading, out!]);
+    return bias ? add(product, bias) : product;
+  }
+  return reshape(gemm(flat, weight, false, true, bias), [...leading, out!]);
+}
+
+function partialProducts(
+  x: Tensor,
+  weights: readonly Tensor[],
+  bias: Tensor | undefined,
+  options: LinearOptions,
+): Tensor[] {
+  let start = 0;
+  return weights.map((weight) => {
+    const out = weight.shape[0] as number;
+    const product = linear(x, weight, bias && slice(bias, 0, start, out), options);
+    start += out;
+    return product;
+  });
+}
+
+const LOW_RANK_SUM: Operation = {
+  name: 'LowRankSum',
+  gradient(output, upstream) {
+    const [, up, down] = output.inputs as [Tensor, Tensor, Tensor];
+    return [upstream, gemm(upstream, down, false, true), gemm(up, upstream, true, false)];
+  },
+  write: (_output, [base, up, down], writer) => writer.node('Add', [base!, writer.node('MatMul', [up!, down!])]),
+};
+/** W + up down: a weight [out, in] with a low-rank change (LoRA, Hu et al. 2021), `up` [out, rank], `down` [rank, in]. */
+export function lowRankSum(base: Tensor, up: Tensor, down: Tensor): Tensor {
+  requireSameType('LowRankSum', base, up, down);
+  const fits =
+    [base, up, down].every(({ shape }) => shape.length === 2) &&
+    sameDimension(base.shape[0]!, up.shape[0]!) &&
+    sameDimension(up.shape[1]!, down.shape[0]!) &&
+    sameDimension(base.shape[1]!, down.shape[1]!);
+  if (!fits) misfit('LowRankSum', 'needs [out, in], [out, rank] and [rank, in]', base, up, down);
+  const parts = joinedParts(base, 0);
+  if (!parts) return record(LOW_RANK_SUM, [base, up, down], base.shape);
+  // Each part by itself, so that their products stay apart.
+  let start = 0;
+  return concat(
+    parts.map((part) => {
+      const rows = slice(up, 0, start, part.shape[0]!);
+      start += part.shape[0] as number;
+      return lowRankSum(part, rows, down);
+    }),
+    0,
+  );
 }
 
 function swapLast(x: Tensor): Tensor {

@@ -1,10 +1,10 @@
 /** Layer, RMS and group normalisation. */
 
-import { type Dimension, exactQuotient, times } from './dimension.ts';
+import { type Dimension, exactQuotient, sameShape, times } from './dimension.ts';
 import { add, divide, multiply, square, squareRoot, subtract } from './elementwise.ts';
 import { reshape } from './layout.ts';
 import { mean, sum } from './reduction.ts';
-import { constant, misfit, type Operation, record, requireVector, type Tensor } from './tensor.ts';
+import { constant, misfit, type Operation, record, requireSameType, requireVector, type Tensor } from './tensor.ts';
 
 /** 1 / sqrt(variance + eps) over the last axis, for gradients. */
 function inverseDeviation(x: Tensor, eps: number): Tensor {
@@ -26,10 +26,53 @@ const LAYER_NORM: Operation = {
     return [normalizedGradient(x, output, upstream, output.attributes.epsilon as number), undefined];
   },
 };
-/** (x - mean) / sqrt(variance + eps) over the last axis, without learned scale. */
-export function layerNorm(x: Tensor, eps: number): Tensor {
+const MODULATED_LAYER_NORM: Operation = {
+  name: 'ModulatedLayerNormalization',
+  gradient(output, upstream) {
+    const [x, scale, shift] = output.inputs as [Tensor, Tensor, Tensor];
+    const normal = layerNorm(x, output.attributes.epsilon as number);
+    const [toNormal, toScale] = gradientOf(multiply(normal, scale), upstream);
+    return [
+      normalizedGradient(x, normal, toNormal!, output.attributes.epsilon as number),
+      toScale,
+      gradientOf(add(normal, shift), upstream)[1],
+    ];
+  },
+  write(output, [x, scale, shift], writer) {
+    // ONNX Runtime's CPU kernel takes scales and shifts of each item, others of the last axis alone.
+    if (writer.cpu) return writer.node('LayerNormalization', [x!, scale!, shift!], output.attributes);
+    const ones = writer.floats(Array.from({ length: output.shape.at(-1) as number }, () => 1));
+    const normal = writer.node('LayerNormalization', [x!, ones], output.attributes);
+    return writer.node('Add', [writer.node('Mul', [normal, scale!]), shift!]);
+  },
+};
+
+function gradientOf(result: Tensor, upstream: Tensor): readonly (Tensor | undefined)[] {
+  return result.operation.gradient!(result, upstream);
+}
+
+/** What each batch item's normalised values are multiplied with and moved by: [batch, 1, width] each. */
+export interface Modulation {
+  readonly scale: Tensor;
+  readonly shift: Tensor;
+}
+
+/**
+ * (x - mean) / sqrt(variance + eps) over the last axis, without learned scale; times `scale` plus `shift` where a
+ * modulation is given, for x [batch, tokens, width].
+ */
+export function layerNorm(x: Tensor, eps: number, modulation?: Modulation): Tensor {
   const width = x.shape.at(-1);
   if (typeof width !== 'number') misfit('LayerNormalization', 'the last axis must have a known size', x);
+  if (modulation) {
+    const { scale, shift } = modulation;
+    requireSameType('LayerNormalization', x, scale, shift);
+    const wanted = [x.shape[0]!, 1, width];
+    if (x.shape.length !== 3 || !sameShape(scale.shape, wanted) || !sameShape(shift.shape, wanted)) {
+      misfit('LayerNormalization', 'a modulation is [batch, 1, width] for [batch, tokens, width]', x, scale, shift);
+    }
+    return record(MODULATED_LAYER_NORM, [x, scale, shift], x.shape, { attributes: { axis: -1, epsilon: eps } });
+  }
   const ones = constant({ dtype: x.dtype, shape: [width], data: new Float32Array(width).fill(1) });
   return record(LAYER_NORM, [x, ones], x.shape, { attributes: { axis: -1, epsilon: eps } });
 }

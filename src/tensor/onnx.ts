@@ -79,11 +79,15 @@ export interface OnnxWriter {
   elementType(dtype: DType): number;
   /** Whether attention is one node of ONNX Runtime's own. */
   readonly fusedAttention: boolean;
+  /** Whether the program is for ONNX Runtime's CPU kernels, some of which take what others do not. */
+  readonly cpu: boolean;
 }
 
 export interface OnnxOptions {
   /** Write attention as one node of ONNX Runtime's own (default true), else as products and a softmax. */
   fusedAttention?: boolean;
+  /** Use what only ONNX Runtime's CPU kernels take (default true), else forms that every device takes. */
+  cpu?: boolean;
 }
 
 export interface OnnxModel {
@@ -143,7 +147,7 @@ export function leaves(program: Program): { inputs: Tensor[]; parameters: Tensor
 export function writeOnnx(
   program: Program,
   bind: (parameter: Tensor) => Binding,
-  { fusedAttention = true }: OnnxOptions = {},
+  { fusedAttention = true, cpu = true }: OnnxOptions = {},
 ): OnnxModel {
   const nodes: NodeProto[] = [];
   const initializers: TensorProto[] = [];
@@ -238,6 +242,7 @@ export function writeOnnx(
     shapeFor,
     elementType: (dtype) => ELEMENT_TYPES[dtype],
     fusedAttention,
+    cpu,
   };
 
   const parameterInitializer = (tensor: Tensor, name: string): void => {

@@ -5,7 +5,7 @@
 
 import { sameShape } from './dimension.ts';
 import type { OnnxWriter } from './onnx.ts';
-import { misfit, type Operation, record, requireVector, type Tensor } from './tensor.ts';
+import { misfit, type Operation, record, type Tensor } from './tensor.ts';
 
 /** Values of int4 that share a scale (the block size of ONNX Runtime's `MatMulNBits`). */
 export const INT4_BLOCK = 32;
@@ -64,12 +64,11 @@ export function isDequantized(weight: Tensor): boolean {
   return weight.operation === DEQUANTIZE_INT8 || weight.operation === DEQUANTIZE_INT4;
 }
 
-/** x W^T + b for a matrix x [rows, in] and a {@link dequantize}d weight. */
-export function quantizedProduct(x: Tensor, weight: Tensor, bias?: Tensor): Tensor {
-  if (bias) requireVector('QuantizedProduct', bias, weight.shape[0]!, weight);
+/** x W^T for a matrix x [rows, in] and a {@link dequantize}d weight [out, in]; `exact` leaves x in floating point. */
+export function quantizedProduct(x: Tensor, weight: Tensor, exact = false): Tensor {
   const operation = weight.operation === DEQUANTIZE_INT8 ? INT8_PRODUCT : INT4_PRODUCT;
-  return record(operation, [x, ...weight.inputs, ...(bias ? [bias] : [])], [x.shape[0]!, weight.shape[0]!], {
-    attributes: { bias: bias ? 1 : 0 },
+  return record(operation, [x, ...weight.inputs], [x.shape[0]!, weight.shape[0]!], {
+    attributes: { exact: exact ? 1 : 0 },
   });
 }
 
@@ -86,7 +85,11 @@ const SMALLEST_SCALE = 1e-30;
  */
 const INT8_PRODUCT: Operation = {
   name: 'Int8Product',
-  write(output, [x, values, scales, bias], writer) {
+  write(output, [x, values, scales], writer) {
+    if (output.attributes.exact || !writer.cpu) {
+      const weight = writer.node('DequantizeLinear', [values!, scales!], { axis: 1 });
+      return writer.node('MatMul', [x!, weight]);
+    }
     const { scale, integers } = quantizedRows(x!, writer);
     const one = writer.floats([1]);
     const product = writer.node(
@@ -95,8 +98,7 @@ const INT8_PRODUCT: Operation = {
       {},
       'com.microsoft',
     );
-    const scaled = writer.node('Mul', [product, writer.node('Unsqueeze', [scale, writer.integers([1])])]);
-    return output.attributes.bias ? writer.node('Add', [scaled, bias!]) : scaled;
+    return writer.node('Mul', [product, writer.node('Unsqueeze', [scale, writer.integers([1])])]);
   },
 };
 
@@ -114,16 +116,24 @@ function quantizedRows(x: string, writer: OnnxWriter): { scale: string; integers
   return { scale, integers: writer.node('QuantizeLinear', [x, scale, zeros], { axis: 0 }) };
 }
 
-/** `MatMulNBits` with activations in 8 bits where the device has a kernel for it (accuracy level 4). */
+/** Levels of `MatMulNBits`: activations in float32, or in 8 bits where the device has a kernel for it. */
+const [EXACT_ACTIVATIONS, INT8_ACTIVATIONS] = [1, 4];
+
 const INT4_PRODUCT: Operation = {
   name: 'Int4Product',
-  write(output, [x, values, scales, bias], writer) {
+  write(output, [x, values, scales], writer) {
     const [, packed] = output.inputs as [Tensor, Tensor];
     const [out, blocks] = packed.shape as [number, number];
     return writer.node(
       'MatMulNBits',
-      [x!, values!, scales!, ...(output.attributes.bias ? ['', '', bias!] : [])],
-      { K: blocks * INT4_BLOCK, N: out, bits: 4, block_size: INT4_BLOCK, accuracy_level: 4 },
+      [x!, values!, scales!],
+      {
+        K: blocks * INT4_BLOCK,
+        N: out,
+        bits: 4,
+        block_size: INT4_BLOCK,
+        accuracy_level: output.attributes.exact ? EXACT_ACTIVATIONS : INT8_ACTIVATIONS,
+      },
       'com.microsoft',
     );
   },

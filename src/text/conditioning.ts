@@ -4,6 +4,7 @@
  */
 
 import { MmditxError } from '../errors.ts';
+import { batchItems } from '../models/batches.ts';
 import type { ClipEncoder, T5Encoder } from '../models/text-encoders.ts';
 import type { RunOptions } from '../runtime/runtime.ts';
 import { type FloatTensor, floats, type TensorData } from '../tensor/data.ts';
@@ -34,26 +35,37 @@ export interface EncodeOptions extends RunOptions {
   missingT5?: 'omit' | number;
 }
 
-/** Hidden states of all rows one after the other, and the first row's pooled vector. */
+/** Hidden states and pooled vectors, of a batch or joined to those of one prompt. */
 interface Encoded {
   readonly hidden: FloatTensor;
   readonly pooled?: FloatTensor;
 }
 
 /**
- * Encodes a prompt.
+ * Encodes prompts. Each encoder runs once for all of them, so that a large one loads once.
  * @throws MmditxError `missing-part` when no encoder is there, `not-finite` when an encoder fails
  */
-export async function encodePrompt(
-  tokens: PromptTokens,
+export async function encodePrompts(
+  prompts: readonly PromptTokens[],
   encoders: Encoders,
   { missingT5 = 'omit', ...run }: EncodeOptions = {},
-): Promise<Conditioning> {
-  const { contextWidth, pooledWidth } = encoders;
-  const clipL = tokens.clipL && encoders.clipL && (await encodeClip('CLIP-L', tokens.clipL, encoders.clipL, run));
-  const clipG = tokens.clipG && encoders.clipG && (await encodeClip('CLIP-G', tokens.clipG, encoders.clipG, run));
-  const t5 = tokens.t5 && encoders.t5 && (await encodeT5(tokens.t5, encoders.t5, run));
+): Promise<Conditioning[]> {
+  const { clipL, clipG, t5 } = encoders;
+  const left = await encodeRows('CLIP-L', prompts.map((tokens) => clipL && tokens.clipL), (ids) => clipL!.encode(ids, run));
+  const right = await encodeRows('CLIP-G', prompts.map((tokens) => clipG && tokens.clipG), (ids) => clipG!.encode(ids, run));
+  const long = await encodeRows('T5', prompts.map((tokens) => t5 && tokens.t5), async (ids) => ({ hidden: await t5!.encode(ids, run) }));
+  return prompts.map((_, i) => conditioning(encoders, missingT5, left[i], right[i], long[i]));
+}
 
+/** Joins what the encoders made of one prompt. */
+function conditioning(
+  encoders: Encoders,
+  missingT5: 'omit' | number,
+  clipL: Encoded | undefined,
+  clipG: Encoded | undefined,
+  t5: Encoded | undefined,
+): Conditioning {
+  const { contextWidth, pooledWidth } = encoders;
   const [widthL, widthG] = clipWidths(encoders);
   const parts: FloatTensor[] = [];
   const length = clipL?.hidden.shape[1] ?? clipG?.hidden.shape[1];
@@ -77,29 +89,35 @@ function clipWidths({ clipL, clipG, pooledWidth }: Encoders): [number, number] {
   return [clipL?.config.width ?? pooledWidth - widthG, widthG];
 }
 
-async function encodeClip(
+/** Runs an encoder over the rows of all prompts that have any, those of one length in one batch. */
+async function encodeRows(
   name: string,
-  tokens: EncoderTokens,
-  encoder: ClipEncoder,
-  run: RunOptions,
-): Promise<Encoded> {
-  const weighted = isWeighted(tokens);
-  const rows = weighted ? [...tokens.rows.map(({ ids }) => ids), tokens.empty] : tokens.rows.map(({ ids }) => ids);
-  const { hidden, pooled } = await encoder.encode(idsTensor(rows), run);
-  requireFinite(name, hidden);
-  const { pooledWidth } = encoder.config;
-  return {
-    hidden: weightRows(tokens, hidden, weighted),
-    pooled: floats([1, pooledWidth], pooled.data.slice(0, pooledWidth)),
-  };
-}
-
-async function encodeT5(tokens: EncoderTokens, encoder: T5Encoder, run: RunOptions): Promise<Encoded> {
-  const weighted = isWeighted(tokens);
-  const { ids } = tokens.rows[0]!;
-  const hidden = await encoder.encode(idsTensor(weighted ? [ids, tokens.empty] : [ids]), run);
-  requireFinite('T5', hidden);
-  return { hidden: weightRows(tokens, hidden, weighted) };
+  prompts: readonly (EncoderTokens | undefined)[],
+  encode: (ids: TensorData) => Promise<Encoded>,
+): Promise<(Encoded | undefined)[]> {
+  const results: (Encoded | undefined)[] = prompts.map(() => undefined);
+  const lengths = new Set(prompts.flatMap((tokens) => (tokens ? [tokens.rows[0]!.ids.length] : [])));
+  for (const length of lengths) {
+    const batch: Int32Array[] = [];
+    const starts = new Map<number, number>();
+    for (const [i, tokens] of prompts.entries()) {
+      if (tokens?.rows[0]!.ids.length !== length) continue;
+      starts.set(i, batch.length);
+      batch.push(...tokens.rows.map(({ ids }) => ids));
+      if (isWeighted(tokens)) batch.push(tokens.empty);
+    }
+    const { hidden, pooled } = await encode(idsTensor(batch));
+    requireFinite(name, hidden);
+    for (const [i, start] of starts) {
+      const tokens = prompts[i]!;
+      const weighted = isWeighted(tokens);
+      const own = batchItems(hidden, start, tokens.rows.length + (weighted ? 1 : 0));
+      // The pooled vector is that of the first chunk.
+      const first = pooled && batchItems(pooled, start, 1);
+      results[i] = { hidden: weightRows(tokens, own, weighted), ...(first && { pooled: first }) };
+    }
+  }
+  return results;
 }
 
 function idsTensor(rows: readonly Int32Array[]): TensorData {

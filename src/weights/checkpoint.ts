@@ -1,6 +1,7 @@
 /**
  * From files to the networks they hold. Parts are found by the names of their tensors, never by the files' names,
- * so that the official single file, an all-in-one file and ComfyUI's split files load through one path.
+ * so that the official single file, an all-in-one file, ComfyUI's split files and diffusers' folders load through one
+ * path.
  */
 import { MmditxError } from '../errors.ts';
 import type { ClipConfig, T5Config, TransformerConfig, VaeConfig } from '../models/config.ts';
@@ -9,12 +10,12 @@ import type { DType } from '../tensor/data.ts';
 import { clipGConfig, clipLConfig, type PartShapes, t5Config, transformerConfig, vaeConfig } from './configs.ts';
 import { clipTensors, type TensorShapes, t5Tensors, transformerTensors, vaeTensors } from './expected.ts';
 import { foreignModelError, unknownModelError } from './foreign.ts';
+import { type NetworkKind, officialNames, officialWeights } from './layouts.ts';
 import { CLIP_TOKENIZER_KEY, type ConfigHints, readHints, T5_TOKENIZER_KEY } from './metadata.ts';
-import { officialWeights } from './layouts.ts';
 import { openWeightsFile } from './open.ts';
 import { quote } from './quote.ts';
 import type { ByteSource } from './safetensors.ts';
-import { type Encoding, isBlockType, type WeightsFile, type WeightTensor } from './stored.ts';
+import { type Encoding, isBlockType, type Span, type WeightsFile, type WeightTensor } from './stored.ts';
 
 export interface PartConfigs {
   readonly transformer: TransformerConfig;
@@ -68,7 +69,10 @@ export async function openCheckpoint(sources: readonly ByteSource[]): Promise<Ch
   const { files, parts } = await surveyFiles(sources);
   for (const part of parts) if (part.problem) throw part.problem;
   const complete = Object.fromEntries(
-    parts.map(({ part, config, file, prefix, metadata, tensors }) => [part, { config, file, prefix, metadata, tensors }]),
+    parts.map(({ part, config, file, prefix, metadata, tensors }) => [
+      part,
+      { config, file, prefix, metadata, tensors },
+    ]),
   ) as Checkpoint['parts'];
   const mismatch = findMismatch(complete);
   if (mismatch) throw mismatch;
@@ -102,6 +106,8 @@ export interface PartSurvey {
 export interface Survey {
   readonly files: readonly WeightsFile[];
   readonly parts: readonly PartSurvey[];
+  /** Weights in the files that no part uses. */
+  readonly unused: number;
 }
 
 /**
@@ -110,19 +116,23 @@ export interface Survey {
  */
 export async function surveyFiles(sources: readonly ByteSource[]): Promise<Survey> {
   const files: WeightsFile[] = [];
+  const all: WeightTensor[] = [];
   const found: FoundPart[] = [];
   for (const source of sources) {
     const file = await openWeightsFile(source);
-    const weights = await officialWeights(file);
-    const foreign = foreignModelError(source.name, weights.keys());
+    const foreign = foreignModelError(source.name, file.tensors.keys());
     if (foreign) throw foreign;
+    const weights = await officialWeights(file);
     const parts = findParts(file, weights);
     if (parts.length === 0) throw unknownModelError(source.name, weights.keys());
     files.push(file);
+    all.push(...weights.values());
     found.push(...parts);
   }
 
-  const named = nameParts(joinShards(found));
+  // Shards come first: a weight may be joined of tensors that lie in several.
+  const whole = joinShards(found).map((part) => ({ ...part, tensors: officialNames(part.kind, part.tensors) }));
+  const named = nameParts(whole);
   const parts: PartSurvey[] = [];
   for (const part of partNames) {
     const [first, second] = named.filter((candidate) => candidate.part === part);
@@ -132,11 +142,17 @@ export async function surveyFiles(sources: readonly ByteSource[]): Promise<Surve
     }
     if (first) parts.push(surveyPart(part, first));
   }
-  return { files, parts };
+  return { files, parts, unused: countUnused(all, parts) };
+}
+
+function countUnused(weights: readonly WeightTensor[], parts: readonly PartSurvey[]): number {
+  const key = ({ source, name }: Span) => `${source.name}\n${name}`;
+  const used = new Set(parts.flatMap(({ tensors }) => [...tensors.values()].flatMap(({ spans }) => spans.map(key))));
+  return weights.filter(({ spans }) => !spans.some((span) => used.has(key(span)))).length;
 }
 
 interface FoundPart {
-  readonly kind: 'transformer' | 'vae' | 'clip' | 't5';
+  readonly kind: NetworkKind;
   readonly file: string;
   readonly prefix: string;
   readonly metadata: Readonly<Record<string, string>>;
@@ -145,17 +161,18 @@ interface FoundPart {
   readonly tensors: ReadonlyMap<string, WeightTensor>;
 }
 
-/** Names by which a network is found; the group is the prefix, empty or ending in a dot. */
-const signatures: Readonly<Record<FoundPart['kind'], RegExp>> = {
-  transformer: /^(|.*?\.)joint_blocks\.\d+\.(?:x|context)_block\./,
-  vae: /^(|.*?\.)(?:encoder\.down|decoder\.up)\.\d+\.block\.\d+\./,
+/** Names, official or diffusers', by which a network is found; the group is the prefix, empty or ending in a dot. */
+const signatures: Readonly<Record<NetworkKind, RegExp>> = {
+  transformer:
+    /^(|.*?\.)(?:joint_blocks\.\d+\.(?:x|context)_block|transformer_blocks\.\d+\.(?:attn|norm1_context|ff_context))\./,
+  vae: /^(|.*?\.)(?:encoder\.down|decoder\.up)(?:\.\d+\.block|_blocks\.\d+\.resnets)\.\d+\./,
   clip: /^(|.*?\.)text_model\.(?:embeddings|encoder)\./,
   t5: /^(|.*?\.)encoder\.block\.\d+\.layer\.\d+\./,
 };
 
 function findParts({ source, metadata }: WeightsFile, weights: ReadonlyMap<string, WeightTensor>): FoundPart[] {
   const hints = readHints(metadata, source.name);
-  return (Object.keys(signatures) as FoundPart['kind'][]).flatMap((kind) => {
+  return (Object.keys(signatures) as NetworkKind[]).flatMap((kind) => {
     const prefixes = new Set<string>();
     for (const name of weights.keys()) {
       const prefix = signatures[kind].exec(name)?.[1];

@@ -1,10 +1,11 @@
 /** Writing networks anew in another precision, in a file that can be mapped into memory as it is. */
 
-import { type DType, INT4_BLOCK, type QuantizedPrecision, toFloat16 } from '../tensor/index.ts';
-import type { PartName, PartWeights } from './checkpoint.ts';
+import { INT4_BLOCK, type QuantizedPrecision, toFloat16 } from '../tensor/index.ts';
+import type { Checkpoint, PartName, PartWeights } from './checkpoint.ts';
+import { configMetadata } from './metadata.ts';
 import { quantize, quantizedPlan } from './quantized.ts';
 import type { PlannedTensors } from './safetensors.ts';
-import { isBlockType, readFloats, readWeight, type Span, type WeightTensor } from './stored.ts';
+import { isBlockType, readFloats, readSpan, type Span, type WeightTensor } from './stored.ts';
 
 /**
  * What weights are kept as: `fp32` expanded to float32 in memory; `fp16` as the file stores them, in 16 bits (float16
@@ -69,38 +70,48 @@ export function plannedTensors(
 ): PlannedTensors[] {
   return [...tensors].map(([name, weight]) => {
     const target = targetOf(part, name, weight, precision);
-    return weight.quantized || !target ? kept(`${prefix}${name}`, weight) : quantizedTo(`${prefix}${name}`, weight, target);
+    return weight.quantized || !target
+      ? kept(`${prefix}${name}`, weight)
+      : quantizedTo(`${prefix}${name}`, weight, target);
   });
 }
 
 function quantizedTo(name: string, weight: WeightTensor, precision: QuantizedPrecision): PlannedTensors {
-  const plan = quantizedPlan(weight.shape as [number, number], precision);
   return {
-    tensors: new Map([...plan].map(([suffix, tensor]) => [`${name}${suffix}`, tensor])),
-    values: async () => quantize(await readFloats(weight), precision),
+    tensors: quantizedPlan(name, weight.shape as [number, number], precision),
+    values: async () => quantize(name, await readFloats(weight), precision),
   };
 }
 
-/** A weight that keeps its precision: plain tensors as they are, others in half precision. */
+/** A weight that keeps its precision: integers and plain tensors as they are, others in half precision. */
 function kept(name: string, weight: WeightTensor): PlannedTensors {
-  const [span, ...more] = weight.spans as [Span, ...Span[]];
-  if (weight.quantized) {
-    const spans = [span, weight.quantized.scales];
-    const suffixes = [...quantizedPlan(weight.shape as [number, number], weight.quantized.precision).keys()];
+  const { shape, spans, quantized } = weight;
+  if (quantized) {
+    const pieces = [spans, quantized.scales];
     return {
-      tensors: new Map(spans.map(({ encoding, shape }, i) => [`${name}${suffixes[i]}`, { dtype: encoding as DType, shape }])),
-      values: () => Promise.all(spans.map(async (piece) => (await readWeight({ ...piece, spans: [piece] })).data)),
+      tensors: quantizedPlan(name, shape as [number, number], quantized.precision),
+      values: () => Promise.all(pieces.map((parts) => readSpan(uncut(parts)))),
     };
   }
-  const { shape } = weight;
+  const [span, ...more] = spans as [Span, ...Span[]];
   if (more.length === 0 && span.scale === undefined && !isBlockType(span.encoding)) {
-    return {
-      tensors: new Map([[name, { dtype: span.encoding, shape }]]),
-      values: async () => [(await readWeight(weight)).data],
-    };
+    return { tensors: new Map([[name, { dtype: span.encoding, shape }]]), values: async () => [await readSpan(span)] };
   }
   return {
     tensors: new Map([[name, { dtype: 'float16', shape }]]),
     values: async () => [toFloat16((await readFloats(weight)).data)],
   };
+}
+
+/** The tensor of a file that equal pieces were cut from. */
+function uncut(parts: readonly Span[]): Span {
+  const [first] = parts as [Span, ...Span[]];
+  return { ...first, byteLength: parts.reduce((sum, { byteLength }) => sum + byteLength, 0) };
+}
+
+/** Metadata of a converted file: what its networks cannot tell by their shapes, and whatever their own files said. */
+export function convertedMetadata(parts: Checkpoint['parts']): Record<string, string> {
+  const own = Object.values(parts).map((part) => part?.metadata ?? {});
+  const configs = Object.fromEntries(Object.entries(parts).map(([name, part]) => [name, part?.config]));
+  return { ...Object.assign({}, ...own), ...configMetadata(configs) };
 }

@@ -196,7 +196,10 @@ function chooseFiles<File extends { readonly name: string }>(
   files: readonly File[],
   wanted: Wanted,
 ): { chosen: File[]; missing: string[] } {
-  const matching = (pattern: string) => files.filter(({ name }) => globPattern(pattern).test(name));
+  const matching = (glob: string) => {
+    const pattern = globPattern(glob);
+    return files.filter(({ name }) => pattern.test(name));
+  };
   const chosen = new Set<File>();
   const missing: string[] = [];
   for (const alternatives of wanted) {

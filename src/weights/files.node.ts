@@ -1,5 +1,5 @@
 /** Weight files on disk. */
-import { open } from 'node:fs/promises';
+import { open, realpath } from 'node:fs/promises';
 import { MmditxError } from '../errors.ts';
 import type { TensorData } from '../tensor/data.ts';
 import { ioError, type WriteOptions, writeFileAtomically } from './atomic.node.ts';
@@ -44,7 +44,8 @@ export async function fileSource(path: string): Promise<FileSource> {
     }
     return bytes.subarray(0, filled);
   };
-  return { name: path, path, size: status.size, read, close };
+  // Programs that map the file refuse links out of its folder, and caches of models are made of those.
+  return { name: path, path: await attempt(realpath(path)), size: status.size, read, close };
 }
 
 /**

@@ -1,4 +1,4 @@
-/** Files that are not a Stable Diffusion 3 checkpoint in safetensors, told by their content and refused by name. */
+/** Files that are no Stable Diffusion 3 checkpoint, told by their content and refused by name. */
 import { MmditxError } from '../errors.ts';
 import { quote } from './quote.ts';
 
@@ -16,17 +16,13 @@ const formats: { readonly begins: (start: string) => boolean; readonly error: (n
     error: (name) =>
       new MmditxError(
         'unsupported-model',
-        `${name} is a GGUF file, which this version does not read; use the model's .safetensors file.`,
+        `${name} is a GGUF file, which is read for models only; use a .safetensors file.`,
       ),
   },
   {
     // Since PyTorch 1.6 the pickle lies in a zip archive.
     begins: (start) => start.startsWith('PK\u0003\u0004') || isPickle(start),
-    error: (name) =>
-      new MmditxError(
-        'unsupported-model',
-        `${name} is a Python pickle or zip archive (.ckpt, .pt, .bin); pickles can run code when opened and are refused; use the model's .safetensors file or convert it.`,
-      ),
+    error: pickleError,
   },
   {
     begins: (start) => start.startsWith('version https://git-lfs'),
@@ -51,6 +47,14 @@ const formats: { readonly begins: (start: string) => boolean; readonly error: (n
   },
 ];
 
+/** The error of a file that Python pickled. */
+export function pickleError(name: string): MmditxError {
+  return new MmditxError(
+    'unsupported-model',
+    `${name} is a Python pickle or zip archive (.ckpt, .pt, .bin); pickles can run code when opened and are refused; use the model's .safetensors file or convert it.`,
+  );
+}
+
 /** What a file that is not safetensors is, by its first bytes; undefined where they say nothing. */
 export function foreignFileError(name: string, start: Uint8Array): MmditxError | undefined {
   const text = String.fromCharCode(...start);
@@ -62,22 +66,22 @@ const models: { readonly named: RegExp; readonly is: string; readonly remedy?: s
   {
     named: /(^|[._])lora_(unet|te\d?|transformer|up|down|A|B)[._]|\.(lora|lokr|hada)_\w+(\.|$)/,
     is: 'holds a LoRA, a change to a model and not a model',
-    remedy: 'give the checkpoint it was made for',
+    remedy: 'give the checkpoint it was made for as the model and this file with --lora FILE',
   },
   {
-    named: /\.scale_weight$|(^|\.)scaled_fp8$/,
-    is: 'holds scaled fp8 weights, which this version does not read',
-    remedy: 'use the fp16 file or the plain fp8_e4m3fn file',
+    named: /\.(absmax|quant_map|quant_state\.\w+)$/,
+    is: 'holds weights quantised by bitsandbytes, which this version does not read',
+    remedy: 'use the fp16 file or a GGUF file',
   },
   { named: /(^|\.)(control_model|controlnet_blocks|controlnet_cond_embedding)\./, is: 'holds a ControlNet' },
   { named: /(^|\.)conditioner\.embedders\.1\.|(^|\.)label_emb\.0\.0\./, is: 'holds Stable Diffusion XL' },
   { named: /(^|\.)input_blocks\.\d+\./, is: 'holds Stable Diffusion 1 or 2' },
+  { named: /(^|\.)(double_layers|joint_transformer_blocks)\.\d+\./, is: 'holds AuraFlow' },
   { named: /(^|\.)(double_blocks|single_transformer_blocks)\.\d+\./, is: 'holds FLUX' },
-  { named: /(^|\.)double_layers\.\d+\./, is: 'holds AuraFlow' },
   {
-    named: /(^|\.)transformer_blocks\.\d+\.attn\.add_q_proj\.|(^|\.)(down_blocks\.\d+\.resnets|mid_block\.resnets)\./,
-    is: 'is laid out for diffusers, which this version does not read',
-    remedy: 'use the single-file layout of Stable Diffusion 3.5 Medium',
+    // The U-Net as diffusers names it.
+    named: /\.(attentions\.\d+\.transformer_blocks|time_emb_proj)\./,
+    is: 'holds Stable Diffusion 1, 2 or XL',
   },
   { named: /(^|\.)(post_)?quant_conv\.weight$/, is: 'holds the VAE of Stable Diffusion 1, 2 or XL' },
 ];

@@ -43,7 +43,9 @@ export async function fetchBlob(hub: Hub, file: HubFile, path: string, options: 
   const partial = partialPath(path);
   for (let download = 1; ; download++) {
     if (await complete(hub, file, partial, options)) break;
-    await rm(partial, { force: true });
+    await rm(partial, { force: true }).catch((cause) => {
+      throw ioError('write', partial, cause);
+    });
     if (download === DOWNLOADS) {
       throw new MmditxError(
         'bad-file',
@@ -69,7 +71,7 @@ async function complete(hub: Hub, file: HubFile, partial: string, { url, subject
     const hash = contentHash(file);
     if ((await attempt(handle.stat())).size > file.size) await attempt(handle.truncate(0));
     let position = 0;
-    for await (const bytes of existing(handle, file.size)) {
+    for await (const bytes of existing(handle, partial, file.size)) {
       hub.signal?.throwIfAborted();
       hash.update(bytes);
       position += bytes.length;
@@ -110,10 +112,13 @@ function contentHash({ hash, size }: HubFile): Hash {
 }
 
 /** What an earlier run has left, at most `size` bytes. A piece is gone when the next one is asked for. */
-async function* existing(handle: FileHandle, size: number): AsyncGenerator<Uint8Array> {
+async function* existing(handle: FileHandle, path: string, size: number): AsyncGenerator<Uint8Array> {
   const buffer = new Uint8Array(Math.min(READ_BYTES, size));
   for (let position = 0; position < size; ) {
-    const { bytesRead } = await handle.read(buffer, 0, Math.min(buffer.length, size - position), position);
+    const length = Math.min(buffer.length, size - position);
+    const { bytesRead } = await handle.read(buffer, 0, length, position).catch((cause) => {
+      throw ioError('read', path, cause);
+    });
     if (bytesRead === 0) return;
     yield buffer.subarray(0, bytesRead);
     position += bytesRead;
@@ -134,7 +139,9 @@ async function writeAt(handle: FileHandle, bytes: Uint8Array, position: number):
 function startOf(response: Response, position: number, { name, size }: HubFile, { repo }: Subject): number {
   const range = /^bytes (\d+)-\d+\/(\d+|\*)$/.exec(response.headers.get('Content-Range') ?? '');
   const ranged = response.status === 206;
-  const length = ranged ? range?.[2] : response.headers.get('Content-Length');
+  // The length of a compressed answer is not the file's.
+  const plain = !response.headers.has('Content-Encoding');
+  const length = ranged ? range?.[2] : plain && response.headers.get('Content-Length');
   if (length && length !== '*' && Number(length) !== size) {
     throw new MmditxError(
       'bad-file',

@@ -28,10 +28,11 @@ const STABILITY_LICENCE = 'stabilityai-ai-community';
 /** Models that are under it where a card says nothing. */
 const STABILITY_MODELS = /^stabilityai\/stable-diffusion-3/;
 
-/** Bounds on what a hub may answer: bytes of one answer, answers of one listing, files, bytes of a file. */
+/** Bounds on what a hub may answer: bytes of one answer, answers of one listing, files, their names and bytes. */
 const MAX_ANSWER_BYTES = 2 ** 25;
 const MAX_ANSWERS = 100;
 const MAX_FILES = 100_000;
+const MAX_NAME_LENGTH = 4096;
 const MAX_FILE_BYTES = 2 ** 42;
 
 const infoSchema = z.object({ sha: z.string().regex(COMMIT), gated: z.unknown() });
@@ -44,7 +45,7 @@ const cardSchema = z
   .catch({});
 const size = z.int().nonnegative().max(MAX_FILE_BYTES);
 const entrySchema = z.object({
-  path: z.string(),
+  path: z.string().max(MAX_NAME_LENGTH),
   size,
   oid: z.string().regex(COMMIT),
   lfs: z.object({ oid: z.string().regex(/^[0-9a-f]{64}$/), size }).optional(),
@@ -122,8 +123,9 @@ async function readBounded({ body }: Response, alive: () => void): Promise<Blob>
   for await (const chunk of body ?? []) {
     alive();
     bytes += chunk.length;
-    if (bytes > MAX_ANSWER_BYTES)
+    if (bytes > MAX_ANSWER_BYTES) {
       throw new MmditxError('bad-file', 'The hub gives an answer without end; check the endpoint.');
+    }
     chunks.push(chunk);
   }
   return new Blob(chunks);

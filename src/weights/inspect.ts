@@ -114,7 +114,7 @@ function inspectPart({ part, file, prefix, config, tensors, missing, problem }: 
 
 /** Everything in files that a weight is made of. */
 function spansOf({ spans, quantized }: WeightTensor) {
-  return quantized ? [...spans, quantized.scales] : spans;
+  return quantized ? [...spans, ...quantized.scales] : spans;
 }
 
 const releasedModels: readonly [string, TransformerConfig][] = [

@@ -1,8 +1,17 @@
 /** How the values of a weight lie in files: as numbers or in blocks, in one piece or in several. */
 
-import { type DType, elementCount, type FloatTensor, floats, type TensorData, toFloat32 } from '../tensor/data.ts';
+import {
+  type DType,
+  elementCount,
+  type FloatTensor,
+  floats,
+  type TensorData,
+  type TypedArray,
+  toFloat32,
+} from '../tensor/data.ts';
 import type { QuantizedPrecision } from '../tensor/quantized.ts';
 import { type BlockType, blockFormats, decodeBlocks } from './gguf-blocks.ts';
+import { dequantized } from './quantized.ts';
 import { type ByteSource, readExactly, viewAs } from './safetensors.ts';
 
 /** How a file writes values: each as a number, or in blocks with scales of their own (GGUF). */
@@ -45,7 +54,8 @@ export interface WeightTensor {
 
 export interface Quantized {
   readonly precision: QuantizedPrecision;
-  readonly scales: Span;
+  /** One for each span of values. */
+  readonly scales: readonly Span[];
 }
 
 /** A whole tensor of a file as a weight. */
@@ -55,7 +65,7 @@ export function wholeTensor({ source }: WeightsFile, tensor: StoredTensor): Weig
 
 /** Bytes that a weight takes in its files. */
 export function storedBytes({ spans, quantized }: WeightTensor): number {
-  return spans.reduce((sum, { byteLength }) => sum + byteLength, quantized?.scales.byteLength ?? 0);
+  return [...spans, ...(quantized?.scales ?? [])].reduce((sum, { byteLength }) => sum + byteLength, 0);
 }
 
 export function isBlockType(encoding: Encoding): encoding is BlockType {
@@ -63,20 +73,24 @@ export function isBlockType(encoding: Encoding): encoding is BlockType {
 }
 
 /**
- * Reads the values of a weight that is not quantised: as stored where they are one plain tensor, else as float32.
+ * Reads the values of a weight: as stored where they are one plain tensor, else as float32.
  * @throws MmditxError `bad-file` when a file has become shorter since it was opened
  */
 export async function readWeight(weight: WeightTensor): Promise<TensorData> {
   const [first, ...more] = weight.spans as [Span, ...Span[]];
-  if (more.length === 0 && first.scale === undefined && !isBlockType(first.encoding)) {
-    const bytes = await readExactly(first.source, first.offset, first.byteLength);
-    return { dtype: first.encoding, shape: weight.shape, data: viewAs(first.encoding, bytes) };
+  if (more.length === 0 && first.scale === undefined && !isBlockType(first.encoding) && !weight.quantized) {
+    return { dtype: first.encoding, shape: weight.shape, data: await readSpan(first) };
   }
   return readFloats(weight);
 }
 
-/** Reads the values of a weight that is not quantised as float32. */
-export async function readFloats({ shape, spans }: WeightTensor): Promise<FloatTensor> {
+/** Reads the values of a weight as float32, whatever it is stored as. */
+export async function readFloats(weight: WeightTensor): Promise<FloatTensor> {
+  const { shape, spans, quantized } = weight;
+  if (quantized) {
+    const read = (pieces: readonly Span[]) => Promise.all(pieces.map(readSpan));
+    return floats(shape, dequantized(weight, await read(spans), await read(quantized.scales)));
+  }
   const data = new Float32Array(elementCount(shape));
   let end = 0;
   for (const span of spans) {
@@ -85,6 +99,12 @@ export async function readFloats({ shape, spans }: WeightTensor): Promise<FloatT
     end += values.length;
   }
   return floats(shape, data);
+}
+
+/** The values of a span of a plain element type. */
+export async function readSpan({ source, name, encoding, offset, byteLength }: Span): Promise<TypedArray> {
+  if (isBlockType(encoding)) throw new RangeError(`Tensor ${name} is stored in blocks.`);
+  return viewAs(encoding, await readExactly(source, offset, byteLength));
 }
 
 /** The values of bytes that a span begins with, or of all of it. */

@@ -2,6 +2,7 @@
 import { createHash } from 'node:crypto';
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
 import type { AddressInfo } from 'node:net';
+import { setTimeout } from 'node:timers/promises';
 
 export interface HubModel {
   /** Contents by name. */
@@ -27,6 +28,8 @@ export interface Fault {
   readonly breakAfter?: number;
   /** Bytes after which nothing more comes. */
   readonly stallAfter?: number;
+  /** Milliseconds between the pieces, eight in number, that the answer comes in. */
+  readonly dribble?: number;
   /** One byte of the answer is another one. */
   readonly corrupt?: boolean;
   readonly ignoreRange?: boolean;
@@ -187,8 +190,18 @@ function send(
   if (!fault?.extra) headers['Content-Length'] = String(body.length);
   response.writeHead(from === undefined ? 200 : 206, { ...headers, ...fault?.headers });
   const cut = fault?.breakAfter ?? fault?.stallAfter;
-  if (cut === undefined) response.end(Buffer.concat([body, Buffer.alloc(fault?.extra ?? 0)]));
+  if (fault?.dribble) void dribble(response, body, fault.dribble);
+  else if (cut === undefined) response.end(Buffer.concat([body, Buffer.alloc(fault?.extra ?? 0)]));
   else response.write(body.subarray(0, cut), () => fault?.breakAfter !== undefined && response.destroy());
+}
+
+async function dribble(response: ServerResponse, body: Uint8Array, gap: number): Promise<void> {
+  const length = Math.ceil(body.length / 8);
+  for (let start = 0; start < body.length; start += length) {
+    await setTimeout(gap);
+    response.write(body.subarray(start, start + length));
+  }
+  response.end();
 }
 
 async function listen(server: Server): Promise<string> {

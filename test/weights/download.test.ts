@@ -303,13 +303,20 @@ describe('a broken connection', () => {
   });
 
   it.each([
-    ['ignores ranges', { ignoreRange: true }],
-    ['answers with another range', { shiftRange: 50 }],
-  ])('is resumed at a server that %s', async (_, fault) => {
+    ['ignores ranges', { ignoreRange: true }, []],
+    ['answers with another range', { shiftRange: 50 }, [/^The server sent another piece .*; trying again/]],
+  ])('is resumed at a server that %s', async (_, fault, expected) => {
     await leavePartial(CHECKPOINT.subarray(0, 100_000));
     hub.faults.push({ path: new RegExp(sha256(CHECKPOINT)), ...fault });
     const { files } = await download(one);
     expect(Buffer.from(CHECKPOINT).equals(await readFile(files[0]!.path))).toBe(true);
+    expect(notes).toEqual(expected.map((note) => expect.stringMatching(note)));
+  });
+
+  it('is no slow one', async () => {
+    hub.faults.push({ path: new RegExp(sha256(CHECKPOINT)), dribble: 150 });
+    expect((await download({ ...one, retries: { delay: 1, stall: 600 } })).files).toHaveLength(1);
+    expect(notes).toEqual([]);
   });
 
   it('that stays broken ends in one sentence, and what has arrived stays', async () => {
@@ -337,7 +344,7 @@ describe('a broken connection', () => {
   it('shows when nothing comes any more', async () => {
     hub.faults.push({ path: new RegExp(sha256(CHECKPOINT)), stallAfter: 5000 });
     hub.faults.push({ path: /\/tree\//, stallAfter: 5 });
-    await download({ ...one, retries: { delay: 1, stall: 200 } });
+    await download({ ...one, retries: { delay: 1, stall: 400 } });
     expect(notes).toEqual([0, 1].map(() => expect.stringContaining('no data for 1 s')));
   });
 
@@ -385,6 +392,7 @@ describe('a damaged file', () => {
     ['other bytes', Uint8Array.from(CHECKPOINT.subarray(0, 1000), (byte) => byte ^ 1)],
     ['other bytes to its end', CHECKPOINT.map((byte) => byte ^ 1)],
     ['too many bytes', content(CHECKPOINT.length + 5, 8)],
+    ['bytes after its end', Buffer.concat([CHECKPOINT, Buffer.of(1, 2, 3)])],
   ])('that an earlier run has left is not kept: %s', async (_, bytes) => {
     await leavePartial(bytes);
     const { files } = await download(one);
@@ -409,6 +417,7 @@ describe('a damaged file', () => {
     hub.faults.push({ path: new RegExp(sha256(CHECKPOINT)), extra: 5_000_000 });
     const { files } = await download(one);
     expect((await stat(files[0]!.path)).size).toBe(CHECKPOINT.length);
+    expect(notes).toEqual([]);
   });
 });
 
