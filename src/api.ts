@@ -14,3 +14,6 @@ export type { SkipLayerGuidance } from './sampling/guidance.ts';
 export { type SamplerName, samplerNames } from './sampling/samplers.ts';
 export { type ScheduleName, scheduleNames } from './sampling/schedules.ts';
 export { VERSION } from './version.ts';
+export { PRECISIONS, type Precision } from './weights/convert.ts';
+export { type Lora, type LoraUse, openLora } from './weights/lora.ts';
+export { type ByteSource, blobSource } from './weights/safetensors.ts';

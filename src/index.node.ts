@@ -8,26 +8,61 @@
  */
 
 import { existsSync } from 'node:fs';
-import { readFile } from 'node:fs/promises';
+import { readFile, stat } from 'node:fs/promises';
+import { freemem } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { MmditxError } from './errors.ts';
 import { modelIdentity } from './pipeline/identity.ts';
 import { createPipeline, type PipelineSource, type StableDiffusion } from './pipeline/pipeline.ts';
+import { choosePrecision, partsToConvert } from './pipeline/precision.ts';
 import { fastestRuntime } from './runtime/fastest.node.ts';
 import { type NodeRuntimeOptions, nodeRuntime } from './runtime/node.node.ts';
 import type { Runtime } from './runtime/runtime.ts';
+import { clipTokenizerJson } from './text/clip-vocabulary.ts';
 import { ioError } from './weights/atomic.node.ts';
 import { type Checkpoint, openCheckpoint } from './weights/checkpoint.ts';
+import type { Precision } from './weights/convert.ts';
+import { type ConversionProgress, convertParts } from './weights/converted.node.ts';
 import { type FileSource, fileSource } from './weights/files.node.ts';
+import { modelFiles } from './weights/folder.node.ts';
+import { type Lora, openLora } from './weights/lora.ts';
 
 export * from './api.ts';
 export { availableDevices, type NodeRuntimeOptions, nodeRuntime } from './runtime/node.node.ts';
+export type { ConversionProgress } from './weights/converted.node.ts';
+export {
+  type Download,
+  type DownloadOptions,
+  type DownloadPlan,
+  type DownloadProgress,
+  downloadModel,
+} from './weights/download.node.ts';
 
 /** The small model that ships with this package. */
 export const SMALL_MODEL = join(dirname(fileURLToPath(import.meta.url)), '../models/small/mmditx-small.safetensors');
 
 export interface LoadOptions extends NodeRuntimeOptions {
+  /**
+   * What the weights are kept as. Default: fp32 for small models; for large ones int8 on a processor (int4 where memory
+   * is short) and the stored 16 bits on a graphics device.
+   */
+  precision?: Precision;
+  /**
+   * Give each network's memory back once it has done its work for a picture: best for a single picture. Default: only
+   * where all networks together do not fit into memory.
+   */
+  release?: boolean;
+  /** Folder of converted networks (default: `mmditx` in the user's cache folder, or MMDITX_CACHE). */
+  cacheFolder?: string;
+  /** Folder of the LoRAs that prompts name, as in `<lora:name:0.8>`: name.safetensors in it. */
+  loraFolder?: string;
+  /** Called while networks are converted to the precision, which happens once for each model. */
+  onConversion?: (progress: ConversionProgress) => void;
+  /** Called with one line each: which precision was chosen and why, which of several copies of weights are taken. */
+  onNote?: (text: string) => void;
+  /** Stops the conversion. */
+  signal?: AbortSignal;
   /** Paths of tokenizer.json files, for checkpoints that do not bring their own (default: found beside the model). */
   clipTokenizer?: string;
   t5Tokenizer?: string;
@@ -42,21 +77,51 @@ const TOKENIZER_PLACES = {
 };
 
 /**
- * A model from safetensors files: one checkpoint, or the parts of one (ComfyUI's split files), told apart by their
- * contents.
+ * A model from weight files: one checkpoint, the parts of one (ComfyUI's split files), or a folder of them (diffusers'
+ * layout, a snapshot of the hub's cache); safetensors or GGUF, told apart by their contents.
  * @param paths default: the small model that ships with this package
- * @throws MmditxError `io`, `bad-file`, `unsupported-model`, `missing-part`, `device-unavailable`
+ * @throws MmditxError `io`, `bad-file`, `unsupported-model`, `missing-part`, `device-unavailable`; `bad-option` when the
+ *   memory does not suffice for the precision
  */
 export async function load(
   paths: string | readonly string[] = SMALL_MODEL,
   options: LoadOptions = {},
 ): Promise<StableDiffusion> {
-  const files = typeof paths === 'string' ? [paths] : paths;
-  const { checkpoint, close } = await openFiles(files);
+  const places = typeof paths === 'string' ? [paths] : paths;
+  const { onNote, onConversion, cacheFolder: folder, loraFolder, signal } = options;
+  const opened = await openFiles(places, { onNote });
+  const closing = [opened.close];
+  const close = async () => void (await Promise.all(closing.map((end) => end())));
   try {
-    const tokenizers = await readTokenizers(checkpoint, dirname(files[0]!), options);
+    const { checkpoint } = opened;
+    const [first] = places as [string];
+    const home = (await stat(first)).isDirectory() ? first : dirname(first);
+    const tokenizers = await readTokenizers(checkpoint, home, options);
     const runtime = options.runtime ?? (options.device ? nodeRuntime(options) : await fastestRuntime(options));
-    const pipeline = createPipeline({ checkpoint, runtime, model: await modelIdentity(checkpoint), tokenizers });
+    const choice = choosePrecision(checkpoint, {
+      wanted: options.precision,
+      device: runtime.device,
+      freeBytes: freeMemory(),
+    });
+    if (choice.reason !== undefined) onNote?.(choice.reason);
+    const parts = partsToConvert(checkpoint, choice.precision);
+    const converted = await convertParts(checkpoint, parts, choice.precision, {
+      folder,
+      signal,
+      onProgress: onConversion,
+    });
+    closing.push(converted.close);
+    const pipeline = createPipeline({
+      checkpoint: converted.checkpoint,
+      runtime,
+      model: await modelIdentity(checkpoint),
+      tokenizers,
+      precision: choice.precision,
+      release: options.release ?? choice.release,
+      ...(loraFolder !== undefined && {
+        findLora: (name: string) => readLora(join(loraFolder, `${name}.safetensors`)),
+      }),
+    });
     return { ...pipeline, dispose: async () => void (await Promise.all([pipeline.dispose(), close()])) };
   } catch (error) {
     await close();
@@ -64,21 +129,47 @@ export async function load(
   }
 }
 
-/** Opens checkpoint files; `close` lets go of them. */
+/** Bytes of memory that can be had without taking them from others; containers may have less than their machine. */
+function freeMemory(): number {
+  const available = (process as { availableMemory?: () => number }).availableMemory?.() ?? freemem();
+  return Math.min(available, freemem());
+}
+
+/**
+ * Reads a LoRA, to be given to `generate`.
+ * @throws MmditxError `io`, `bad-file`, `unsupported-model`
+ */
+export async function readLora(path: string): Promise<Lora> {
+  const source = await fileSource(path);
+  try {
+    return await openLora(source);
+  } finally {
+    await source.close();
+  }
+}
+
+/** Opens the files of a model, those of folders too; `close` lets go of them. */
 export async function openFiles(
   paths: readonly string[],
+  options: { readonly onNote?: ((text: string) => void) | undefined } = {},
 ): Promise<{ checkpoint: Checkpoint; sources: readonly FileSource[]; close: () => Promise<void> }> {
   if (paths.length === 0) throw new MmditxError('bad-option', 'No model file was given.');
   const sources: FileSource[] = [];
   const close = async () => void (await Promise.all(sources.map((source) => source.close())));
   try {
-    for (const path of paths) sources.push(await fileSource(path));
+    for (const path of paths) {
+      const files = await modelFiles(path, options.onNote ? { onNote: options.onNote } : {});
+      for (const file of files) sources.push(await fileSource(file));
+    }
     return { checkpoint: await openCheckpoint(sources), sources, close };
   } catch (error) {
     await close();
     throw error;
   }
 }
+
+/** The released models have CLIP's tokenizer as these two. */
+const CLIP_VOCABULARY = ['tokenizer/vocab.json', 'tokenizer/merges.txt'];
 
 async function readTokenizers(
   { tokenizers }: Checkpoint,
@@ -88,8 +179,18 @@ async function readTokenizers(
   const find = (places: readonly string[]) => places.map((place) => join(folder, place)).find(existsSync);
   const clip = tokenizers.clip === undefined ? (clipTokenizer ?? find(TOKENIZER_PLACES.clip)) : undefined;
   const t5 = tokenizers.t5 === undefined ? (t5Tokenizer ?? find(TOKENIZER_PLACES.t5)) : undefined;
-  const [clipText, t5Text] = await Promise.all([clip, t5].map((path) => path && readText(path)));
+  const vocabulary = CLIP_VOCABULARY.map((place) => join(folder, place));
+  const paired = tokenizers.clip === undefined && clip === undefined && vocabulary.every(existsSync);
+  const [clipText, t5Text] = await Promise.all([
+    paired ? readClipVocabulary(vocabulary) : clip && readText(clip),
+    t5 && readText(t5),
+  ]);
   return { ...(clipText && { clip: clipText }), ...(t5Text && { t5: t5Text }) };
+}
+
+async function readClipVocabulary(paths: readonly string[]): Promise<string> {
+  const [vocabulary, merges] = await Promise.all(paths.map(readText));
+  return clipTokenizerJson(vocabulary!, merges!);
 }
 
 async function readText(path: string): Promise<string> {

@@ -4,8 +4,10 @@ import { basename } from 'node:path';
 import { MmditxError } from '../errors.ts';
 import { type GenerationSettings, type PictureSettings, settingsFromPng } from '../image/settings.ts';
 import type { GenerateOptions } from '../pipeline/options.ts';
+import type { ModelIdentity } from '../pipeline/pipeline.ts';
 import { DEVICES, type Device } from '../runtime/runtime.ts';
 import { ioError } from '../weights/atomic.node.ts';
+import { PRECISIONS, type Precision } from '../weights/convert.ts';
 import { defined } from './values.ts';
 
 /** Larger files are not read in search of settings: no picture this package reads has as many bytes. */
@@ -48,7 +50,7 @@ export function optionsFromPicture(picture: PictureSettings): Partial<GenerateOp
     const { fields, ...understood } = picture.settings;
     return understood;
   }
-  const { batch, initImage, skipLayerGuidance, mask, model, device, precision, software, version, ...same } =
+  const { batch, initImage, skipLayerGuidance, mask, model, device, precision, loras, software, version, ...same } =
     picture.settings;
   return {
     ...same,
@@ -63,15 +65,16 @@ export function deviceFromPicture(settings: GenerationSettings | undefined): Dev
   return DEVICES.find((device) => device === settings?.device);
 }
 
+/** The precision a picture was made in, if this version knows it. */
+export function precisionFromPicture(settings: GenerationSettings | undefined): Precision | undefined {
+  return PRECISIONS.find((precision) => precision === settings?.precision);
+}
+
 /**
  * What differs between a picture's model and the one at hand, as a sentence without its remedy; undefined where they
  * are the same or the picture does not say.
  */
-export function modelDifference(
-  settings: GenerationSettings,
-  path: string,
-  model: { readonly name: string; readonly hash: string },
-): string | undefined {
+export function modelDifference(settings: GenerationSettings, path: string, model: ModelIdentity): string | undefined {
   const { name, hash } = settings.model;
   if (hash === null || hash === model.hash) return undefined;
   const which = name === model.name ? `another ${name}` : `${name}, not with ${model.name}`;

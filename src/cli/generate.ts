@@ -1,30 +1,40 @@
 /** `mmditx generate`: pictures from words. */
 
-import { basename } from 'node:path';
+import { basename, join } from 'node:path';
 import { type Command, Option } from 'commander';
 import { MmditxError } from '../errors.ts';
 import { type OutputValues, outputPath, writePng } from '../image/files.node.ts';
 import { encodePng } from '../image/png.ts';
-import { formatSettings } from '../image/settings.ts';
+import { formatSettings, type GenerationSettings } from '../image/settings.ts';
 import { terminalGraphics, terminalPicture } from '../image/terminal.node.ts';
-import { type GenerateOptions, load, openFiles, SMALL_MODEL } from '../index.node.ts';
-import { vaeDownscale } from '../models/config.ts';
-import { modelIdentity } from '../pipeline/identity.ts';
+import { type GenerateOptions, type LoraUse, load, readLora, SMALL_MODEL } from '../index.node.ts';
 import type { GeneratedImage, GenerationEvent, StableDiffusion } from '../pipeline/pipeline.ts';
 import type { SkipLayerGuidance } from '../sampling/guidance.ts';
 import type { DenoiseRule } from '../sampling/schedules.ts';
 import type { PromptSyntax } from '../text/prompt-weights.ts';
+import { conversionTitle } from '../weights/converted.node.ts';
+import { quote } from '../weights/quote.ts';
 import type { Context } from './context.ts';
-import { deviceFromPicture, modelDifference, optionsFromPicture, readPictureSettings } from './from-picture.ts';
+import {
+  deviceFromPicture,
+  modelDifference,
+  optionsFromPicture,
+  precisionFromPicture,
+  readPictureSettings,
+} from './from-picture.ts';
 import { type InitialPicture, readInitialPicture, requireSamePictures } from './initial-picture.ts';
 import { createProgress, type Progress } from './progress.ts';
 import {
   addDeviceOptions,
+  addPrecisionOption,
   addSamplingOptions,
   type DeviceFlags,
   decimal,
   defined,
+  type LoraFlag,
   layers,
+  loraFile,
+  type PrecisionFlags,
   repeated,
   type SamplingFlags,
   type Size,
@@ -34,7 +44,7 @@ import {
 } from './values.ts';
 import { makeFolderOf, requireWritable } from './writable.ts';
 
-interface GenerateFlags extends SamplingFlags, DeviceFlags {
+interface GenerateFlags extends SamplingFlags, DeviceFlags, PrecisionFlags {
   readonly negative?: string;
   readonly size?: Size;
   readonly width?: number;
@@ -52,6 +62,9 @@ interface GenerateFlags extends SamplingFlags, DeviceFlags {
   readonly overwrite?: true;
   readonly preview?: string;
   readonly model?: readonly string[];
+  readonly lora?: readonly LoraFlag[];
+  readonly loraDir?: string;
+  readonly cache?: string;
   readonly clipTokenizer?: string;
   readonly t5Tokenizer?: string;
   readonly promptSyntax?: PromptSyntax;
@@ -98,12 +111,15 @@ export function addGenerate(program: Command, context: Context): void {
     .optionsGroup('Model:')
     .option(
       '-m, --model <file>',
-      'checkpoint; repeat it for models in several files (default: the small one)',
+      'checkpoint or folder; repeat it for models in several files (default: the small one)',
       repeated,
     )
+    .option('--lora <file[:strength]>', 'LoRA, such as style.safetensors:0.8; repeat it for several', loraFile)
+    .option('--lora-dir <folder>', 'where <lora:name:0.8> in a prompt finds name.safetensors')
     .option('--clip-tokenizer <file>', "CLIP's tokenizer.json, where the model brings none")
     .option('--t5-tokenizer <file>', "T5's");
-  addDeviceOptions(command)
+  addPrecisionOption(addDeviceOptions(command))
+    .option('--cache <folder>', 'where converted weights are kept (default: MMDITX_CACHE or your cache folder)')
     .optionsGroup('Output:')
     .option('-o, --output <pattern>', 'path with {seed} {index} {width} {height} {prompt}', DEFAULT_OUTPUT)
     .option('--overwrite', 'replace existing files instead of numbering new ones')
@@ -151,10 +167,21 @@ async function generate(prompt: string | undefined, flags: GenerateFlags, contex
   const names = paths.map((path) => basename(path)).join(', ');
   if (!flags.quiet && context.stderr.isTTY) progress.say(`Loading ${names}.`);
 
-  const { clipTokenizer, t5Tokenizer, threads } = flags;
-  const sd = await load(paths, defined({ clipTokenizer, t5Tokenizer, device, threads }));
+  const { clipTokenizer, t5Tokenizer, threads, cache: cacheFolder, loraDir: loraFolder } = flags;
+  const precision = flags.precision ?? precisionFromPicture(original);
+  const sd = await load(paths, {
+    ...defined({ clipTokenizer, t5Tokenizer, device, threads, precision, cacheFolder, loraFolder }),
+    // One picture or batch, then the process ends: nothing is gained by keeping what has done its work.
+    release: true,
+    signal: context.signal,
+    onNote: (text) => {
+      if (!flags.quiet) progress.say(text);
+    },
+    onConversion: (conversion) => progress.convert(conversionTitle(conversion), conversion.written, conversion.bytes),
+  });
   try {
-    const model = await describe(paths);
+    const { model } = sd;
+    const loras = await readLoras(flags.lora ?? [], original, loraFolder);
     if (original) {
       const difference = modelDifference(original, flags.from!, model);
       if (difference && !flags.model)
@@ -169,7 +196,8 @@ async function generate(prompt: string | undefined, flags: GenerateFlags, contex
     let initial: InitialPicture | undefined;
     if (flags.initImage !== undefined) {
       const { initImage, mask } = flags;
-      initial = await readInitialPicture({ initImage, mask, width: base.width, height: base.height, unit: model.unit });
+      const { width, height } = base;
+      initial = await readInitialPicture({ initImage, mask, width, height, unit: sd.sizeUnit });
       if (initial.note && !flags.quiet) progress.say(initial.note);
     }
     if (original) await requireSamePictures(original, initial ?? {});
@@ -178,6 +206,7 @@ async function generate(prompt: string | undefined, flags: GenerateFlags, contex
       prompt: '',
       ...base,
       ...optionsFromFlags(prompt, flags, base),
+      loras,
       ...(initial && { initImage: initial.initImage }),
       ...(initial?.mask && { mask: initial.mask }),
       signal: context.signal,
@@ -190,17 +219,26 @@ async function generate(prompt: string | undefined, flags: GenerateFlags, contex
   }
 }
 
-/** What tells the model apart, and what sizes are multiples of. */
-async function describe(paths: readonly string[]): Promise<{ name: string; hash: string; unit: number }> {
-  const { checkpoint, close } = await openFiles(paths);
-  try {
-    const { transformer, vae } = checkpoint.parts;
-    // Both are there: the model has been loaded.
-    const unit = vaeDownscale(vae!.config) * transformer!.config.patchSize;
-    return { ...(await modelIdentity(checkpoint)), unit };
-  } finally {
-    await close();
+/** The LoRAs given, or else those that a picture was made with, found by their names. */
+async function readLoras(
+  given: readonly LoraFlag[],
+  original: GenerationSettings | undefined,
+  folder: string | undefined,
+): Promise<LoraUse[]> {
+  if (given.length > 0 || !original) {
+    return Promise.all(given.map(async ({ path, strength }) => ({ lora: await readLora(path), strength })));
   }
+  return Promise.all(
+    original.loras.map(async ({ name, ...strengths }) => {
+      if (folder === undefined) {
+        throw new MmditxError(
+          'bad-option',
+          `The picture was made with the LoRA ${quote(name)}; give its folder with --lora-dir or the file with --lora.`,
+        );
+      }
+      return { lora: await readLora(join(folder, basename(name))), ...strengths };
+    }),
+  );
 }
 
 function optionsFromFlags(prompt: string | undefined, flags: GenerateFlags, base: Partial<GenerateOptions>) {

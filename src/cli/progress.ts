@@ -7,6 +7,8 @@ export interface Progress {
   say(text: string): void;
   /** `done` of `total` steps are done. */
   step(done: number, total: number): void;
+  /** `done` of `total` bytes of a conversion are written. */
+  convert(title: string, done: number, total: number): void;
   /** Takes the bar away. */
   stop(): void;
 }
@@ -29,7 +31,7 @@ export function createProgress(
 ): Progress {
   const left = timeLeft(now);
   const say = (text: string) => void output.write(`${text}\n`);
-  if (quiet) return { say, step: () => undefined, stop: () => undefined };
+  if (quiet) return { say, step: () => undefined, convert: () => undefined, stop: () => undefined };
   if (!output.isTTY) {
     let lastLine = now();
     return {
@@ -39,6 +41,11 @@ export function createProgress(
         if (now() - lastLine < LINE_INTERVAL || done === total) return;
         lastLine = now();
         say(`${done} of ${total} steps${time && `, ${time} left`}`);
+      },
+      convert(title, done, total) {
+        if (now() - lastLine < LINE_INTERVAL && done < total) return;
+        lastLine = now();
+        say(`${title}: ${percent(done, total)}`);
       },
       stop: () => undefined,
     };
@@ -68,11 +75,20 @@ export function createProgress(
         bar.start(total, done, { time: state.time });
       }
     },
+    convert(title, done, total) {
+      stop();
+      // One line that is written over: conversions follow each other, each with its own name.
+      output.write(`\r${title}: ${percent(done, total)}${done < total ? '' : '\n'}`);
+    },
     stop() {
       stop();
       state = undefined;
     },
   };
+}
+
+function percent(done: number, total: number): string {
+  return `${Math.floor((100 * done) / total)} %`;
 }
 
 /** Tells the time left from the steps after the first, which loads the model; empty while there is only the first. */

@@ -3,6 +3,7 @@ import { Command, CommanderError } from 'commander';
 import { MmditxError } from '../errors.ts';
 import { VERSION } from '../version.ts';
 import type { Context } from './context.ts';
+import { addConvert } from './convert.ts';
 import { addDownload } from './download.ts';
 import { addGenerate } from './generate.ts';
 import { addInspect } from './inspect.ts';
@@ -57,6 +58,7 @@ Examples:
   addGenerate(program, context);
   addDownload(program, context);
   addInspect(program, context);
+  addConvert(program, context);
   addProbe(program, context);
   return program;
 }

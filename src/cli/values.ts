@@ -4,6 +4,7 @@ import { DEVICES, type Device } from '../runtime/runtime.ts';
 import type { SkipLayerGuidance } from '../sampling/guidance.ts';
 import { type SamplerName, samplerNames } from '../sampling/samplers.ts';
 import { type ScheduleName, scheduleNames } from '../sampling/schedules.ts';
+import { PRECISIONS, type Precision } from '../weights/convert.ts';
 
 export function wholeNumber(text: string): number {
   if (!/^[-+]?\d{1,15}$/.test(text)) throw new InvalidArgumentError('give a whole number');
@@ -113,3 +114,37 @@ function threads(text: string): number {
 
 /** More than any machine has processors: a slip of the finger must not start a million threads. */
 const MAX_THREADS = 1024;
+
+/** Values of the options of {@link addPrecisionOption}. */
+export interface PrecisionFlags {
+  readonly precision?: Precision;
+}
+
+export function addPrecisionOption(command: Command): Command {
+  return command.addOption(
+    new Option(
+      '--precision <name>',
+      'what weights are kept as: fp32; fp16 or bf16, as stored; int8; int4 (default: what suits model and machine)',
+    ).argParser(precision),
+  );
+}
+
+/** fp16 and bf16 both mean the 16 bits that the file has. */
+function precision(name: string): Precision {
+  const known = PRECISIONS.find((precision) => precision === (name === 'bf16' ? 'fp16' : name));
+  if (!known) throw new InvalidArgumentError(`allowed choices are ${PRECISIONS.join(', ')}, bf16`);
+  return known;
+}
+
+/** A LoRA file and its strength. */
+export interface LoraFlag {
+  readonly path: string;
+  readonly strength: number;
+}
+
+/** `file.safetensors` or `file.safetensors:0.8`; collects the values of an option that may be given several times. */
+export function loraFile(text: string, previous: readonly LoraFlag[] = []): LoraFlag[] {
+  const [, path, strength] = /^(.+?)(?::([-+]?(?:\d+\.?\d*|\.\d+)))?$/s.exec(text) ?? [];
+  if (!path) throw new InvalidArgumentError('give a file, with a strength as in style.safetensors:0.8');
+  return [...previous, { path, strength: strength === undefined ? 1 : Number(strength) }];
+}

@@ -78,7 +78,8 @@ export function bindWeights(
       const whole = spans.length === 1;
       const rows = whole ? shape : [elementCount(span.shape) / elementCount(rest), ...rest];
       const values = cast(parameterAt(whole ? name : `${name}.${i}`, span, rows), 'float32');
-      return span.scale === undefined ? values : multiply(values, span.scale);
+      // What is read in blocks comes scaled.
+      return span.scale === undefined || isBlockType(span.encoding) ? values : multiply(values, span.scale);
     });
     return pieces.length === 1 ? pieces[0]! : concat(pieces, 0);
   };

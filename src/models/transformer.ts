@@ -13,8 +13,8 @@ import { batchItems, joinBatches, repeatTo } from './batches.ts';
 import { bindWeights, compileBound, type NetworkOptions } from './bind.ts';
 import type { TransformerConfig } from './config.ts';
 import { type Lazy, lazily } from './lazily.ts';
-import type { StepCache } from './step-cache.ts';
 import { centreCorner, mmditxSegment, stageCount, stageOf, timestepEmbedding } from './mmditx.ts';
+import type { StepCache } from './step-cache.ts';
 
 /** One evaluation of the model on the latent at hand. */
 export interface TransformerPass {
@@ -189,7 +189,9 @@ function batches(flows: readonly Flow[], tokens: number): Flow[][] {
 }
 
 function joinFlows(flows: readonly Flow[]): Flow {
-  return Object.fromEntries(Object.keys(flows[0]!).map((name) => [name, joinBatches(flows.map((flow) => flow[name]!))]));
+  return Object.fromEntries(
+    Object.keys(flows[0]!).map((name) => [name, joinBatches(flows.map((flow) => flow[name]!))]),
+  );
 }
 
 function itemsOf(flow: Flow, start: number, count: number): Flow {

@@ -6,8 +6,8 @@ import { encodePng } from '../image/png.ts';
 import { fitPreviewFactors, type PreviewFactors, previewImage } from '../image/preview.ts';
 import { type GenerationSettings, settingsText } from '../image/settings.ts';
 import { type Autoencoder, latentOf, loadAutoencoder } from '../models/autoencoder.ts';
-import { T5_DEFAULT_TOKENS, vaeDownscale } from '../models/config.ts';
 import type { NetworkOptions } from '../models/bind.ts';
+import { T5_DEFAULT_TOKENS, vaeDownscale } from '../models/config.ts';
 import { type ClipEncoder, loadClip, loadT5, type T5Encoder } from '../models/text-encoders.ts';
 import { loadTransformer, type Transformer } from '../models/transformer.ts';
 import type { Runtime } from '../runtime/runtime.ts';
@@ -251,7 +251,10 @@ async function promptLoras(
   const used = [...loras];
   for (const { name, strength, clipStrength } of positive.loras) {
     if (!findLora) {
-      throw new MmditxError('bad-option', `The prompt asks for the LoRA ${quote(name)}, but none can be found by name here; give it as an option.`);
+      throw new MmditxError(
+        'bad-option',
+        `The prompt asks for the LoRA ${quote(name)}, but none can be found by name here; give it as an option.`,
+      );
     }
     used.push({ lora: await findLora(name), strength, clipStrength });
   }

@@ -4,7 +4,7 @@ import { MmditxError } from '../errors.ts';
 import type { Device } from '../runtime/runtime.ts';
 import { bytesPerElement, elementCount } from '../tensor/data.ts';
 import type { Checkpoint, PartName } from '../weights/checkpoint.ts';
-import { needsConversion, plannedTensors, type Precision } from '../weights/convert.ts';
+import { needsConversion, type Precision, plannedTensors } from '../weights/convert.ts';
 
 /** Bytes that each network's weights take in memory in a precision. */
 export function weightBytes({ parts }: Checkpoint, precision: Precision): Map<PartName, number> {
@@ -39,8 +39,8 @@ export interface PrecisionChoice {
   readonly precision: Precision;
   /** Whether networks give their memory back for the next: all together do not fit. */
   readonly release: boolean;
-  /** One line for people: what was chosen and why. */
-  readonly reason: string;
+  /** One line for people: what was chosen and why. Absent for small models, where it makes no difference. */
+  readonly reason?: string;
 }
 
 const descriptions: Readonly<Record<Precision, string>> = {
@@ -69,7 +69,9 @@ export function choosePrecision(
       : device === 'cpu'
         ? ['int8', 'int4']
         : ['fp16'];
-  const fitting = candidates.find((precision) => whole <= SMALL_MODEL_BYTES || neededBytes(checkpoint, precision) <= freeBytes);
+  const fitting = candidates.find(
+    (precision) => whole <= SMALL_MODEL_BYTES || neededBytes(checkpoint, precision) <= freeBytes,
+  );
   if (!fitting) {
     const last = candidates.at(-1)!;
     const smaller = wanted && wanted !== 'int4' ? 'choose a smaller --precision or ' : '';
@@ -82,6 +84,7 @@ export function choosePrecision(
   const release = together > freeBytes * KEPT_SHARE;
   const size = `${gibibytes(total(checkpoint, fitting))} of weights`;
   const memory = `${gibibytes(freeBytes)} of memory free${release ? '; one network at a time' : ''}`;
+  if (whole <= SMALL_MODEL_BYTES) return { precision: fitting, release };
   return { precision: fitting, release, reason: `${fitting} (${descriptions[fitting]}): ${size}, ${memory}` };
 }
 /** Share of the free memory that networks may keep between pictures. */

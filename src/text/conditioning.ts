@@ -51,9 +51,21 @@ export async function encodePrompts(
   { missingT5 = 'omit', ...run }: EncodeOptions = {},
 ): Promise<Conditioning[]> {
   const { clipL, clipG, t5 } = encoders;
-  const left = await encodeRows('CLIP-L', prompts.map((tokens) => clipL && tokens.clipL), (ids) => clipL!.encode(ids, run));
-  const right = await encodeRows('CLIP-G', prompts.map((tokens) => clipG && tokens.clipG), (ids) => clipG!.encode(ids, run));
-  const long = await encodeRows('T5', prompts.map((tokens) => t5 && tokens.t5), async (ids) => ({ hidden: await t5!.encode(ids, run) }));
+  const left = await encodeRows(
+    'CLIP-L',
+    prompts.map((tokens) => clipL && tokens.clipL),
+    (ids) => clipL!.encode(ids, run),
+  );
+  const right = await encodeRows(
+    'CLIP-G',
+    prompts.map((tokens) => clipG && tokens.clipG),
+    (ids) => clipG!.encode(ids, run),
+  );
+  const long = await encodeRows(
+    'T5',
+    prompts.map((tokens) => t5 && tokens.t5),
+    async (ids) => ({ hidden: await t5!.encode(ids, run) }),
+  );
   return prompts.map((_, i) => conditioning(encoders, missingT5, left[i], right[i], long[i]));
 }
 
@@ -101,7 +113,7 @@ async function encodeRows(
     const batch: Int32Array[] = [];
     const starts = new Map<number, number>();
     for (const [i, tokens] of prompts.entries()) {
-      if (tokens?.rows[0]!.ids.length !== length) continue;
+      if (!tokens || tokens.rows[0]!.ids.length !== length) continue;
       starts.set(i, batch.length);
       batch.push(...tokens.rows.map(({ ids }) => ids));
       if (isWeighted(tokens)) batch.push(tokens.empty);

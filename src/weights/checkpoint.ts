@@ -10,7 +10,7 @@ import type { DType } from '../tensor/data.ts';
 import { clipGConfig, clipLConfig, type PartShapes, t5Config, transformerConfig, vaeConfig } from './configs.ts';
 import { clipTensors, type TensorShapes, t5Tensors, transformerTensors, vaeTensors } from './expected.ts';
 import { foreignModelError, unknownModelError } from './foreign.ts';
-import { type NetworkKind, officialNames, officialWeights } from './layouts.ts';
+import { fileWeights, type NetworkKind, officialNames } from './layouts.ts';
 import { CLIP_TOKENIZER_KEY, type ConfigHints, readHints, T5_TOKENIZER_KEY } from './metadata.ts';
 import { openWeightsFile } from './open.ts';
 import { quote } from './quote.ts';
@@ -122,7 +122,7 @@ export async function surveyFiles(sources: readonly ByteSource[]): Promise<Surve
     const file = await openWeightsFile(source);
     const foreign = foreignModelError(source.name, file.tensors.keys());
     if (foreign) throw foreign;
-    const weights = await officialWeights(file);
+    const weights = await fileWeights(file);
     const parts = findParts(file, weights);
     if (parts.length === 0) throw unknownModelError(source.name, weights.keys());
     files.push(file);

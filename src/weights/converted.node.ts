@@ -11,7 +11,7 @@ import { setTimeout as wait } from 'node:timers/promises';
 import { MmditxError } from '../errors.ts';
 import { ioError, writeFileAtomically } from './atomic.node.ts';
 import { type Checkpoint, openCheckpoint, type PartName, type PartWeights, partTitles } from './checkpoint.ts';
-import { convertedMetadata, partPrefixes, plannedTensors, type Precision } from './convert.ts';
+import { convertedMetadata, type Precision, partPrefixes, plannedTensors } from './convert.ts';
 import { type FileSource, fileSource } from './files.node.ts';
 import { plannedSafetensorsBytes, plannedSafetensorsChunks, readExactly } from './safetensors.ts';
 
@@ -52,6 +52,7 @@ export async function convertParts(
   precision: Precision,
   { folder = conversionFolder(), signal, onProgress }: ConversionOptions = {},
 ): Promise<{ checkpoint: Checkpoint; close: () => Promise<void> }> {
+  if (parts.length === 0) return { checkpoint, close: async () => undefined };
   const sources: FileSource[] = [];
   const close = async () => void (await Promise.all(sources.map((source) => source.close())));
   try {
@@ -180,10 +181,7 @@ async function onlyOnce(path: string, signal: AbortSignal | undefined, work: () 
 
 /** Whether a lock's process has ended without removing it. */
 async function isLeftBehind(lock: string): Promise<boolean> {
-  const [status, text] = await Promise.all([
-    stat(lock).catch(() => undefined),
-    readFile(lock, 'utf8').catch(() => ''),
-  ]);
+  const [status, text] = await Promise.all([stat(lock).catch(() => undefined), readFile(lock, 'utf8').catch(() => '')]);
   if (!status) return false;
   const pid = Number(text);
   if (Number.isInteger(pid) && pid > 0 && !isRunning(pid)) return true;

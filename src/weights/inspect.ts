@@ -62,17 +62,11 @@ export interface CheckpointInspection {
  * @throws MmditxError when a file cannot be read at all or is of another model.
  */
 export async function inspectCheckpoint(sources: readonly ByteSource[]): Promise<CheckpointInspection> {
-  const { files, parts } = await surveyFiles(sources);
+  const { files, parts, unused } = await surveyFiles(sources);
   const whole = parts.filter(({ problem }) => !problem);
   const mismatch: MmditxError | undefined = findMismatch(
     Object.fromEntries(whole.map((part) => [part.part, part])) as Checkpoint['parts'],
   );
-  const used = new Set(
-    parts.flatMap(({ tensors }) =>
-      [...tensors.values()].flatMap(spansOf).map(({ source, name }) => `${source.name}\n${name}`),
-    ),
-  );
-  const all = files.reduce((sum, { tensors }) => sum + tensors.size, 0);
   const tokenizers = [
     ['clip', CLIP_TOKENIZER_KEY],
     ['t5', T5_TOKENIZER_KEY],
@@ -83,7 +77,7 @@ export async function inspectCheckpoint(sources: readonly ByteSource[]): Promise
     parts: parts.map(inspectPart),
     missingParts: partNames.filter((name) => !parts.some(({ part }) => part === name)),
     tokenizers: tokenizers.flatMap(([name, key]) => (files.some(({ metadata }) => key in metadata) ? [name] : [])),
-    unusedTensors: all - used.size,
+    unusedTensors: unused,
     ...(mismatch && { mismatch: mismatch.message }),
   };
 }

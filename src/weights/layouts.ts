@@ -12,7 +12,7 @@ import type { WeightsFile, WeightTensor } from './stored.ts';
  * The weights of a file by its own names, joined with the scales beside them.
  * @throws MmditxError `bad-file`, `unsupported-model` for scales that cannot be applied
  */
-export async function officialWeights(file: WeightsFile): Promise<Map<string, WeightTensor>> {
+export async function fileWeights(file: WeightsFile): Promise<Map<string, WeightTensor>> {
   return quantizedWeights(await scaledWeights(file));
 }
 

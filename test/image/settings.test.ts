@@ -32,6 +32,7 @@ const settings: GenerationSettings = {
   shift: 3,
   seed: 42,
   batch: { index: 1, size: 4 },
+  loras: [],
   skipLayerGuidance: { layers: [7, 8, 9], scale: 2.5, start: 0.01, end: 0.2, rule: 'steps' },
   initImage: { sha256: 'ab'.repeat(32), strength: 0.6, denoiseRule: 'stability' },
   mask: { sha256: 'cd'.repeat(32), channel: 'luminance' },

@@ -1,11 +1,16 @@
 import { afterAll, describe, expect, it } from 'vitest';
 import { loadClip, loadT5 } from '../../src/models/text-encoders.ts';
 import { toFloat32 } from '../../src/tensor/data.ts';
-import { type Encoders, encodePrompt } from '../../src/text/conditioning.ts';
+import { type EncodeOptions, type Encoders, encodePrompts } from '../../src/text/conditioning.ts';
 import type { EncoderTokens, PromptTokens } from '../../src/text/tokens.ts';
 import { golden, readGolden } from '../support/golden.ts';
 import { goldenCheckpoint } from '../support/models.ts';
 import { cpu, maxDifference } from '../support/run.ts';
+
+async function encodeOne(tokens: PromptTokens, ...rest: [Encoders, EncodeOptions?]) {
+  const [one] = await encodePrompts([tokens], ...rest);
+  return one!;
+}
 
 const tensors = readGolden('text');
 const { parts } = await goldenCheckpoint();
@@ -35,7 +40,7 @@ describe('conditioning', () => {
     ['cond', 2],
   ] as const) {
     it(`agrees with the reference implementation (${name})`, async () => {
-      const { context, pooled } = await encodePrompt(tokensOf(prompt), encoders);
+      const { context, pooled } = await encodeOne(tokensOf(prompt), encoders);
       expect(context.shape).toEqual([1, 154, 96]);
       expect(maxDifference(context, golden(tensors, `${name}.context`))).toBeLessThan(2e-5);
       expect(maxDifference(pooled, golden(tensors, `${name}.pooled`))).toBeLessThan(1e-5);
@@ -43,9 +48,9 @@ describe('conditioning', () => {
   }
 
   it('moves weighted tokens away from the empty prompt', async () => {
-    const plain = (await encodePrompt(tokensOf(2), encoders)).context.data;
-    const empty = (await encodePrompt(tokensOf(0), encoders)).context.data;
-    const weighted = (await encodePrompt(tokensOf(2, 1.5), encoders)).context.data;
+    const plain = (await encodeOne(tokensOf(2), encoders)).context.data;
+    const empty = (await encodeOne(tokensOf(0), encoders)).context.data;
+    const weighted = (await encodeOne(tokensOf(2, 1.5), encoders)).context.data;
     const expected = plain.map((value, i) => empty[i]! + 1.5 * (value - empty[i]!));
     expect(maxDifference({ data: weighted }, { data: expected })).toBeLessThan(2e-5);
   });
@@ -53,16 +58,16 @@ describe('conditioning', () => {
   it('leaves out T5 when it is missing, or takes zeros for it', async () => {
     const without = { ...encoders, t5: undefined };
     const reference = toFloat32(golden(tensors, 'cond.context')).slice(0, 77 * 96);
-    const omitted = await encodePrompt(tokensOf(2), without);
+    const omitted = await encodeOne(tokensOf(2), without);
     expect(omitted.context.shape).toEqual([1, 77, 96]);
     expect(maxDifference(omitted.context, { data: reference })).toBeLessThan(1e-5);
-    const zeros = await encodePrompt(tokensOf(2), without, { missingT5: 77 });
+    const zeros = await encodeOne(tokensOf(2), without, { missingT5: 77 });
     expect(zeros.context.shape).toEqual([1, 154, 96]);
     expect(zeros.context.data.slice(77 * 96).every((value) => value === 0)).toBe(true);
   });
 
   it('keeps the columns of a missing CLIP at zero', async () => {
-    const { context, pooled } = await encodePrompt(tokensOf(2), { ...encoders, clipL: undefined });
+    const { context, pooled } = await encodeOne(tokensOf(2), { ...encoders, clipL: undefined });
     const reference = toFloat32(golden(tensors, 'cond.context'));
     for (const column of [0, 31]) expect(context.data[5 * 96 + column]).toBe(0);
     for (const column of [32, 79]) expect(context.data[5 * 96 + column]).toBeCloseTo(reference[5 * 96 + column]!, 4);
@@ -72,6 +77,6 @@ describe('conditioning', () => {
 
   it('refuses a model without any encoder', async () => {
     const none = { contextWidth: 96, pooledWidth: 80 };
-    await expect(encodePrompt(tokensOf(2), none)).rejects.toThrow(/no text encoder/);
+    await expect(encodeOne(tokensOf(2), none)).rejects.toThrow(/no text encoder/);
   });
 });

@@ -8,7 +8,7 @@ import { openCheckpoint } from '../../src/weights/checkpoint.ts';
 import { clipTensors, transformerTensors, vaeTensors } from '../../src/weights/expected.ts';
 import { fileSource } from '../../src/weights/files.node.ts';
 import { findNonFinite, formatInspection, inspectCheckpoint } from '../../src/weights/inspect.ts';
-import { officialWeights } from '../../src/weights/layouts.ts';
+import { fileWeights } from '../../src/weights/layouts.ts';
 import { openWeightsFile } from '../../src/weights/open.ts';
 import { bytesSource, headerOf, prefixed, shapesSource, tensorsSource } from './sources.ts';
 
@@ -103,7 +103,7 @@ describe('inspection', () => {
 
 describe('values that are not finite', () => {
   async function find(tensors: Record<string, TensorData>) {
-    return findNonFinite({ tensors: await officialWeights(await openWeightsFile(tensorsSource(tensors))) });
+    return findNonFinite({ tensors: await fileWeights(await openWeightsFile(tensorsSource(tensors))) });
   }
 
   test('are found in every number format', async () => {
@@ -139,7 +139,7 @@ describe('values that are not finite', () => {
         return source.read(offset, length);
       },
     };
-    const tensors = await officialWeights(await openWeightsFile(watched));
+    const tensors = await fileWeights(await openWeightsFile(watched));
     largest = 0;
     const found = await findNonFinite({ tensors });
     expect(found).toEqual([{ name: 'big', count: 3 }]);

@@ -5,7 +5,7 @@ import { floats, type TensorData, toFloat32 } from '../../src/tensor/data.ts';
 import { openCheckpoint, surveyFiles } from '../../src/weights/checkpoint.ts';
 import { t5Tensors } from '../../src/weights/expected.ts';
 import { type FileSource, fileSource } from '../../src/weights/files.node.ts';
-import { officialWeights } from '../../src/weights/layouts.ts';
+import { fileWeights } from '../../src/weights/layouts.ts';
 import { openWeightsFile } from '../../src/weights/open.ts';
 import { readFloats, readWeight } from '../../src/weights/stored.ts';
 import { cpu, maxDifference } from '../support/run.ts';
@@ -19,7 +19,7 @@ async function fixture(name: string): Promise<FileSource> {
   sources.push(source);
   return source;
 }
-const weightsOf = async (name: string) => officialWeights(await openWeightsFile(await fixture(name)));
+const weightsOf = async (name: string) => fileWeights(await openWeightsFile(await fixture(name)));
 
 describe('numbers that PyTorch wrote', async () => {
   const stored = await weightsOf('numbers');
@@ -75,7 +75,7 @@ describe('scaled fp8', async () => {
   const weight: TensorData = { dtype: 'float8e4m3', shape: [2, 2], data: Uint8Array.of(0x38, 0x40, 0xb8, 0) };
   async function read(tensors: Record<string, TensorData>, metadata: Record<string, string> = {}) {
     const file = await openWeightsFile(tensorsSource({ 'x.weight': weight, ...tensors }, metadata));
-    return readFloats((await officialWeights(file)).get('x.weight')!);
+    return readFloats((await fileWeights(file)).get('x.weight')!);
   }
 
   test('reads a scale in half precision', async () => {
@@ -144,6 +144,6 @@ describe('scaled fp8', async () => {
     const source = shapesSource(shapes);
     const file = await openWeightsFile(source);
     const read = () => Promise.reject(new Error('read'));
-    await expect(officialWeights({ ...file, source: { ...source, read } })).rejects.toThrow(/has 10001 scales/);
+    await expect(fileWeights({ ...file, source: { ...source, read } })).rejects.toThrow(/has 10001 scales/);
   });
 });
