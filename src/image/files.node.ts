@@ -5,6 +5,7 @@ import { basename, dirname, extname, join } from 'node:path';
 import sharp from 'sharp';
 import { MmditxError } from '../errors.ts';
 import { ioError, writeFileAtomically } from '../weights/atomic.node.ts';
+import { quote } from '../weights/quote.ts';
 import { blend, type RgbaImage } from './image.ts';
 
 /** Pictures with more pixels are refused unless the caller allows more: 8192 x 8192. */
@@ -62,7 +63,9 @@ export async function readImageFile(path: string, options: ReadImageOptions = {}
     .raw({ depth: 'uchar' })
     .toBuffer({ resolveWithObject: true })
     .catch((cause) => {
-      throw new MmditxError('bad-file', `${path} is damaged (${cause.message}); get it again.`, { cause });
+      // libvips writes a line for each fault.
+      const fault = String(cause.message).split('\n', 1)[0]!;
+      throw new MmditxError('bad-file', `${path} is damaged (${quote(fault)}); get it again.`, { cause });
     });
   return overBackground(data, info.width, info.height, background);
 }

@@ -6,12 +6,16 @@
 import { z } from 'zod';
 import { torchGenerator } from '../sampling/noise.ts';
 import { type FloatTensor, floats } from '../tensor/data.ts';
+import { shortList } from '../weights/json.ts';
 import { imageFromTensor, type RgbImage } from './image.ts';
+
+/** More than any latent has; those of Stable Diffusion 3 have 16. */
+const MAX_CHANNELS = 4096;
 
 /** A preview's colour, each channel about -1..1: `bias + sum over c of weights[c] * latent[c]`. JSON holds it exactly. */
 export const previewFactorsSchema = z.object({
   /** For each channel of the latent its red, green and blue. */
-  weights: z.array(z.tuple([z.number(), z.number(), z.number()])).min(1),
+  weights: shortList(z.tuple([z.number(), z.number(), z.number()]), MAX_CHANNELS).refine(({ length }) => length > 0),
   bias: z.tuple([z.number(), z.number(), z.number()]),
 });
 

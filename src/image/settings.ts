@@ -6,6 +6,7 @@ import { z } from 'zod';
 import { MmditxError } from '../errors.ts';
 import { type SamplerName, samplerNames } from '../sampling/samplers.ts';
 import { MAX_STEPS, type ScheduleName, scheduleNames } from '../sampling/schedules.ts';
+import { isCount, listOf, shortList } from '../weights/json.ts';
 import { pngText } from './png.ts';
 
 /** PNG keywords of the two texts. */
@@ -16,6 +17,8 @@ export const PARAMETERS_KEYWORD = 'parameters';
 const SETTINGS_VERSION = 1;
 
 const MAX_SEED = 2n ** 64n - 1n;
+/** More than a command line has room for. */
+const MAX_LORAS = 1000;
 
 const sha256 = z.string().regex(/^[0-9a-f]{64}$/, 'must be a SHA-256 in hexadecimal');
 const share = z.number().min(0).max(1);
@@ -71,7 +74,7 @@ const settingsSchema = z.object({
     .refine(({ index, size }) => index < size, 'must have an index below its size'),
   skipLayerGuidance: z
     .object({
-      layers: z.array(z.int().nonnegative()),
+      layers: listOf(isCount),
       scale: z.number().nonnegative(),
       start: share,
       end: share,
@@ -80,7 +83,9 @@ const settingsSchema = z.object({
     .nullable(),
 
   /** LoRAs given beside the prompt; those that it names stay in it. */
-  loras: z.array(z.object({ name: z.string(), strength: z.number(), clipStrength: z.number() })).default([]),
+  loras: shortList(z.object({ name: z.string(), strength: z.number(), clipStrength: z.number() }), MAX_LORAS).default(
+    [],
+  ),
 
   /** The picture that was redrawn, by `imageHash`; null for a picture from noise alone. */
   initImage: z

@@ -18,7 +18,7 @@ import {
   toFloat16,
 } from '../tensor/index.ts';
 import type { PartWeights } from '../weights/checkpoint.ts';
-import { isBlockType, readFloats, type Span, type WeightTensor } from '../weights/stored.ts';
+import { equalParts, isBlockType, readFloats, type Span, type WeightTensor } from '../weights/stored.ts';
 import type { Weights } from './weights.ts';
 
 /** A change of a weight [out, in]: `up @ down` is added to it (`weights/lora.ts`). */
@@ -94,6 +94,14 @@ export function bindWeights(
     );
     return concat(pieces, 0);
   };
+  /** A bias in as many parts as the weight beside it has, so that each product adds its own. */
+  const cutLike = (name: string, bias: WeightTensor): WeightTensor => {
+    const parts = part.tensors.get(name.replace(/\.bias$/, '.weight'))?.spans.length ?? 1;
+    const [span, ...more] = bias.spans as [Span, ...Span[]];
+    const cuttable = name.endsWith('.bias') && more.length === 0 && !isBlockType(span.encoding);
+    if (!cuttable || parts === 1 || bias.shape[0]! % parts !== 0) return bias;
+    return { ...bias, spans: equalParts(span, [bias.shape[0]! / parts], parts) };
+  };
   const changed = (name: string, base: Tensor, { up, down }: LowRankChange): Tensor => {
     const [left, right] = [up, down].map((factor, i) => {
       const factorName = `${name}.${i === 0 ? 'up' : 'down'}`;
@@ -109,7 +117,7 @@ export function bindWeights(
     if (!weight || elementCount(weight.shape) !== elementCount(shape)) {
       throw new ShapeError(`The network asks for ${name} [${shape.join(', ')}], which ${part.file} does not have.`);
     }
-    const base = weight.quantized ? integers(name, weight) : floatingPoint(name, weight, shape);
+    const base = weight.quantized ? integers(name, weight) : floatingPoint(name, cutLike(name, weight), shape);
     const change = changes?.get(name);
     const tensor = change ? changed(name, base, change) : base;
     recorded.set(name, tensor);

@@ -1,7 +1,7 @@
 /**
  * Running the transformer. Several passes over the same latent (with the prompt, with the negative prompt, with
  * layers skipped) share one set of weights: passes of equal text length run as one batch, and a pass that skips
- * layers starts from the tokens that the complete pass had before the first skipped block.
+ * layers shares the complete pass's work up to the first skipped block.
  */
 
 import { MmditxError } from '../errors.ts';
@@ -120,8 +120,8 @@ export function loadTransformer(
         const results = new Map<Flow, Flow>();
         for (const group of batches([...wanted], batch * rows * columns)) {
           signal?.throwIfAborted();
-          const inputs = { ...joinFlows(group), corner };
-          const joined = (await (await program.get()).run(inputs, { signal })) as Flow;
+          const executable = await program.get();
+          const joined = (await executable.run({ ...joinFlows(group), corner }, { signal })) as Flow;
           for (const [i, flow] of group.entries()) results.set(flow, itemsOf(joined, i * batch, batch));
         }
         current = current.map((flow, i) => (skipped[i]!.has(start) ? flow : results.get(flow)!));
@@ -129,34 +129,32 @@ export function loadTransformer(
       return current;
     };
 
-    const inputs: { readonly pass: TransformerPass; readonly flow: Flow }[] = [];
-    for (const pass of passes) {
-      const { context, pooled } = pass;
-      const twin = inputs.find(({ pass: other }) => other.context === context && other.pooled === pooled);
-      const flow = { latent, timestep, context: repeatTo(context, batch), pooled: repeatTo(pooled, batch) };
-      inputs.push({ pass, flow: twin?.flow ?? flow });
-    }
-    let flows: readonly Flow[] = inputs.map(({ flow }) => flow);
+    let flows: readonly Flow[] = inputs(latent, timestep, passes);
     if (cache) {
       const embedded = await advance(flows, 0, firstBlock);
-      const first = await advance(embedded, firstBlock, secondBlock);
-      const states = passes.map((pass, i) => ({ pass, before: embedded[i]!.image!, first: first[i]!.image! }));
-      const estimates = cache.estimate(states, timesteps);
-      if (estimates) {
-        flows = first.map((flow, i) => ({ ...flow, image: estimates[i]! }));
-      } else {
-        flows = await advance(first, secondBlock, output);
-        cache.remember(
-          states,
-          flows.map(({ image }) => image!),
-        );
-      }
-      flows = await advance(flows, output, stages);
-    } else {
-      flows = await advance(flows, 0, stages);
+      const after = await advance(embedded, firstBlock, secondBlock);
+      const images = await cache.afterLastBlock(
+        passes.map((pass, i) => ({ pass, before: embedded[i]!.image!, after: after[i]!.image! })),
+        timesteps,
+        async () => (await advance(after, secondBlock, output)).map(({ image }) => image!),
+      );
+      // The output depends on nothing else that the blocks change.
+      flows = after.map((flow, i) => ({ ...flow, image: images[i]! }));
     }
+    flows = await advance(flows, cache ? output : 0, stages);
     return flows.map(({ velocity }) => velocity!);
   }
+}
+
+/** What the network is given for each pass: one object for passes with the same text, which tells that they share work. */
+function inputs(latent: FloatTensor, timestep: FloatTensor, passes: readonly TransformerPass[]): Flow[] {
+  const batch = latent.shape[0]!;
+  const flows: Flow[] = [];
+  for (const { context, pooled } of passes) {
+    const twin = passes.findIndex((other) => other.context === context && other.pooled === pooled);
+    flows.push(flows[twin] ?? { latent, timestep, context: repeatTo(context, batch), pooled: repeatTo(pooled, batch) });
+  }
+  return flows;
 }
 
 interface Segment {

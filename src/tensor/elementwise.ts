@@ -1,7 +1,7 @@
 /** Arithmetic and functions of single elements. Binary operations broadcast by numpy's rule. */
 
 import { type Shape, sameDimension } from './dimension.ts';
-import { reshape } from './layout.ts';
+import { concat, joinedParts, reshape } from './layout.ts';
 import { sum } from './reduction.ts';
 import { broadcastShape, type Operation, record, requireSameType, scalar, type Tensor } from './tensor.ts';
 
@@ -115,5 +115,7 @@ const GELU_TANH: Operation = {
 };
 /** GELU by its tanh approximation, the activation of T5 and of the diffusion transformer. */
 export function geluTanh(x: Tensor): Tensor {
-  return record(GELU_TANH, [x], x.shape);
+  // What was made in parts is worked on in parts, which stay in the processor's caches.
+  const parts = x.shape.length > 0 && joinedParts(x, -1);
+  return parts ? concat(parts.map(geluTanh), -1) : record(GELU_TANH, [x], x.shape);
 }

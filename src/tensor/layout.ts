@@ -141,7 +141,14 @@ export function split(x: Tensor, pieces: number, axis: number): Tensor[] {
   const length = exactQuotient(x.shape[at]!, pieces);
   if (length === undefined) misfit('Split', `axis ${at} does not divide into ${pieces}`, x);
   const parts = joinedParts(x, at);
-  if (parts?.length === pieces && parts.every((part) => sameDimension(part.shape[at]!, length))) return [...parts];
+  if (
+    parts &&
+    parts.length % pieces === 0 &&
+    parts.every((part) => sameDimension(part.shape[at]!, parts[0]!.shape[at]!))
+  ) {
+    const each = parts.length / pieces;
+    return Array.from({ length: pieces }, (_, i) => concat(parts.slice(i * each, (i + 1) * each), at));
+  }
   return Array.from({ length: pieces }, (_, i) => slice(x, at, times(i, length), length));
 }
 

@@ -65,10 +65,13 @@ function partialProducts(
   bias: Tensor | undefined,
   options: LinearOptions,
 ): Tensor[] {
+  const parts = bias && joinedParts(bias, 0);
+  const biases = parts?.length === weights.length ? parts : undefined;
   let start = 0;
-  return weights.map((weight) => {
+  return weights.map((weight, i) => {
     const out = weight.shape[0] as number;
-    const product = linear(x, weight, bias && slice(bias, 0, start, out), options);
+    const own = biases?.[i] ?? (bias && slice(bias, 0, start, out));
+    const product = linear(x, weight, own, options);
     start += out;
     return product;
   });

@@ -276,6 +276,9 @@ export function writeOnnx(
   const nameOf = (tensor: Tensor): string => named.get(tensor)!;
   const taken = new Set<string>();
   const lookups: string[] = [];
+  // Symbolic shapes of results. The runtime cannot follow them through reshapes, and without them it finds no two
+  // buffers of equal size to reuse: loading then takes time that grows with the square of the number of nodes.
+  const known = new Map<string, ValueInfoProto>();
   for (const tensor of ordered) {
     if (isInput(tensor) || isParameter(tensor)) {
       const name = tensor.name!;
@@ -293,6 +296,9 @@ export function writeOnnx(
         tensor,
         operation.write?.(tensor, names, writer) ?? node(operation.name, names, attributes, operation.domain),
       );
+      if (tensor.shape.some((dimension) => typeof dimension !== 'number')) {
+        known.set(nameOf(tensor), valueInfo(nameOf(tensor), tensor.dtype, tensor.shape));
+      }
       const converts = operation.name === 'Cast' && inputs[0]!.operation.lookup;
       if (operation.lookup || converts) lookups.push(nameOf(tensor));
     }
@@ -318,6 +324,7 @@ export function writeOnnx(
       initializer: initializers,
       input: graphInputs,
       output: outputs,
+      valueInfo: [...known.values()],
     }),
   });
   return { bytes: toBinary(ModelProtoSchema, model), lookups };

@@ -77,7 +77,7 @@ const ACTIVATION_LARGEST = 127;
 /** Zero of activations. They are unsigned: processors multiply unsigned by signed bytes (VNNI), both signed far slower. */
 const ACTIVATION_ZERO = 128;
 /** Keeps the scale of a row of zeros from being 0. */
-const SMALLEST_SCALE = 1e-30;
+const SMALLEST_PEAK = 1e-30;
 
 /**
  * The product in 8-bit integers: each row of x is quantised by its own largest magnitude, each output of W by its own
@@ -107,11 +107,8 @@ function quantizedRows(x: string, writer: OnnxWriter): { scale: string; integers
   const columns = writer.integers([1]);
   const highest = writer.node('ReduceMax', [x, columns], { keepdims: 0 });
   const lowest = writer.node('ReduceMin', [x, columns], { keepdims: 0 });
-  const peak = writer.node('Max', [highest, writer.node('Neg', [lowest])]);
-  const scale = writer.node('Max', [
-    writer.node('Mul', [peak, writer.floats([1 / ACTIVATION_LARGEST])]),
-    writer.floats([SMALLEST_SCALE]),
-  ]);
+  const peak = writer.node('Max', [highest, writer.node('Neg', [lowest]), writer.floats([SMALLEST_PEAK])]);
+  const scale = writer.node('Mul', [peak, writer.floats([1 / ACTIVATION_LARGEST])]);
   const zeros = writer.node('Expand', [writer.bytes([ACTIVATION_ZERO]), writer.node('Shape', [scale])]);
   return { scale, integers: writer.node('QuantizeLinear', [x, scale, zeros], { axis: 0 }) };
 }

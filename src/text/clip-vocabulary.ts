@@ -3,18 +3,18 @@
  * in place of a `tokenizer.json`. What the pair leaves unsaid (how text is normalised and divided) is the same for
  * every CLIP and stands here, as in the `tokenizer.json` published with CLIP (openai/clip-vit-large-patch14).
  */
-import { z } from 'zod';
 import { MmditxError } from '../errors.ts';
+import { isCount, recordOf } from '../weights/json.ts';
 import { quote } from '../weights/quote.ts';
 
 export const CLIP_START = '<|startoftext|>';
 export const CLIP_END = '<|endoftext|>';
 export const CLIP_END_OF_WORD = '</w>';
 
-/** Contractions, letters, single digits, other symbols. */
-const WORDS = `'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+`;
+/** What words are: special tokens, contractions, letters, single digits, other symbols. */
+export const CLIP_WORDS = `<\\|startoftext\\|>|<\\|endoftext\\|>|'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+`;
 
-const vocabularySchema = z.record(z.string(), z.int().nonnegative());
+const vocabularySchema = recordOf(isCount);
 
 /**
  * The text of the `tokenizer.json` that `vocab.json` and `merges.txt` stand for.
@@ -70,7 +70,7 @@ export function clipLayout({ start, end }: { readonly start: number; readonly en
       pretokenizers: [
         {
           type: 'Split',
-          pattern: { Regex: `<\\|startoftext\\|>|<\\|endoftext\\|>|${WORDS}` },
+          pattern: { Regex: CLIP_WORDS },
           behavior: 'Removed',
           invert: true,
         },

@@ -1,6 +1,7 @@
 /** Text to token ids, with the vocabularies that models bring along as `tokenizer.json`. */
 import { Tokenizer } from '@huggingface/tokenizers';
 import { MmditxError } from '../errors.ts';
+import { tokenizerSchema } from './tokenizer-file.ts';
 
 /** Byte-level BPE of CLIP-L and CLIP-G. What follows the end token is padding, which differs between the two encoders. */
 export interface ClipTokenizer {
@@ -20,11 +21,11 @@ export interface T5Tokenizer {
 
 /**
  * @param json the text of CLIP's `tokenizer.json`
- * @throws MmditxError `bad-file` when it is no such file, or does not put one token before and one after a text
+ * @throws MmditxError `bad-file` when it is no such file, asks for steps that CLIP does not have, or does not put one token before and one after a text
  */
 export function clipTokenizer(json: string): ClipTokenizer {
   const tokenizer = readTokenizer(json, 'CLIP');
-  const [start, end, ...others] = tokenizer.encode('').ids;
+  const [start, end, ...others] = idsAround(tokenizer);
   if (start === undefined || end === undefined || others.length > 0) {
     throw notATokenizer('CLIP', 'it must put one token before and one after a text');
   }
@@ -33,15 +34,21 @@ export function clipTokenizer(json: string): ClipTokenizer {
 
 /**
  * @param json the text of T5's `tokenizer.json`
- * @throws MmditxError `bad-file` when it is no such file, has no `<pad>`, or does not put one token after a text
+ * @throws MmditxError `bad-file` when it is no such file, asks for steps that T5 does not have, has no `<pad>`, or does
+ *   not put one token after a text
  */
 export function t5Tokenizer(json: string): T5Tokenizer {
   const tokenizer = readTokenizer(json, 'T5');
-  const [end, ...others] = tokenizer.encode('').ids;
+  const [end, ...others] = idsAround(tokenizer);
   const pad = tokenizer.token_to_id('<pad>');
   if (end === undefined || others.length > 0) throw notATokenizer('T5', 'it must put one token after a text');
   if (pad === undefined) throw notATokenizer('T5', 'it has no <pad> token');
   return { encode: (text) => encodeBare(tokenizer, text), end, pad };
+}
+
+/** The ids that stand before and after every text; undefined for a token that the vocabulary lacks. */
+function idsAround(tokenizer: Tokenizer): (number | undefined)[] {
+  return tokenizer.encode('').ids;
 }
 
 function encodeBare(tokenizer: Tokenizer, text: string): number[] {
@@ -49,12 +56,19 @@ function encodeBare(tokenizer: Tokenizer, text: string): number[] {
 }
 
 function readTokenizer(json: string, encoder: string): Tokenizer {
+  let value: unknown;
   try {
-    // The second argument stands for tokenizer_config.json: everything that encoding needs is in tokenizer.json.
-    return new Tokenizer(JSON.parse(json) as object, {});
-  } catch (error) {
-    throw notATokenizer(encoder, error instanceof Error ? error.message : String(error), error);
+    value = JSON.parse(json);
+  } catch (cause) {
+    throw notATokenizer(encoder, 'it is not JSON', cause);
   }
+  const parsed = tokenizerSchema.safeParse(value);
+  if (!parsed.success) {
+    const issue = parsed.error.issues[0];
+    throw notATokenizer(encoder, `it is wrong at "${issue?.path.join('.')}" (${issue?.message})`);
+  }
+  // The second argument stands for tokenizer_config.json: everything that encoding needs is in tokenizer.json.
+  return new Tokenizer(parsed.data, {});
 }
 
 function notATokenizer(encoder: string, reason: string, cause?: unknown): MmditxError {

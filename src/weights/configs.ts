@@ -23,6 +23,9 @@ import { quote } from './quote.ts';
 
 /** More blocks or layers than any network of the family has: a damaged name must not ask for a million of them. */
 const MAX_COUNT = 256;
+/** The same for the VAE, whose tensors are levels times blocks; the released one has 4 levels of 2 blocks. */
+const MAX_LEVELS = 8;
+const MAX_LEVEL_BLOCKS = 32;
 
 /** The tensors of one part, named without the file's prefix. */
 export interface PartShapes {
@@ -72,7 +75,7 @@ export function transformerConfig(part: PartShapes, hints: ConfigHints['transfor
 export function vaeConfig(part: PartShapes, hints: ConfigHints['vae']): VaeConfig {
   const [channels, imageChannels] = shapeOf(part, 'encoder.conv_in.weight', 4);
   const [, latentChannels] = shapeOf(part, 'decoder.conv_in.weight', 4);
-  const multipliers = Array.from({ length: countIndices(part, /^encoder\.down\.(\d+)\./) }, (_, level) => {
+  const multipliers = Array.from({ length: countIndices(part, /^encoder\.down\.(\d+)\./, MAX_LEVELS) }, (_, level) => {
     const [width] = shapeOf(part, `encoder.down.${level}.block.0.conv1.weight`, 4);
     return whole(part, width / channels, `level ${level} of its VAE has ${width} channels, no multiple of ${channels}`);
   });
@@ -81,7 +84,7 @@ export function vaeConfig(part: PartShapes, hints: ConfigHints['vae']): VaeConfi
   return {
     channels,
     multipliers,
-    resBlocks: countIndices(part, /^encoder\.down\.0\.block\.(\d+)\./),
+    resBlocks: countIndices(part, /^encoder\.down\.0\.block\.(\d+)\./, MAX_LEVEL_BLOCKS),
     latentChannels,
     imageChannels,
     groups,
@@ -91,25 +94,26 @@ export function vaeConfig(part: PartShapes, hints: ConfigHints['vae']): VaeConfi
 }
 
 export function clipLConfig(part: PartShapes, hints: ConfigHints['clipL']): ClipConfig {
-  const { projectedWidth: _, ...shared } = clipConfig(part, hints);
+  const shared = clipConfig(part, hints);
   return {
     ...shared,
     activation: hints?.activation ?? 'quick_gelu',
     // Some files carry a projection, which Stable Diffusion 3 does not use.
     projection: false,
     pooledWidth: shared.width,
-    padId: hints?.padId ?? shared.eosId,
+    padId: tokenId(part, hints?.padId ?? shared.eosId, shared.vocabSize),
   };
 }
 
 export function clipGConfig(part: PartShapes, hints: ConfigHints['clipG']): ClipConfig {
-  const { projectedWidth, ...shared } = clipConfig(part, hints);
+  const shared = clipConfig(part, hints);
+  const projection = 'text_projection.weight';
   return {
     ...shared,
     activation: hints?.activation ?? 'gelu',
     projection: true,
-    pooledWidth: projectedWidth ?? shared.width,
-    padId: hints?.padId ?? CLIP_G_PAD_ID,
+    pooledWidth: part.shapes.has(projection) ? shapeOf(part, projection, 2)[0] : shared.width,
+    padId: tokenId(part, hints?.padId ?? CLIP_G_PAD_ID, shared.vocabSize),
   };
 }
 
@@ -127,10 +131,17 @@ function clipConfig(part: PartShapes, hints: ClipHints | undefined) {
     vocabSize,
     positions,
     // The end token is the last of CLIP's vocabulary and the begin token stands before it.
-    bosId: hints?.bosId ?? vocabSize - 2,
-    eosId: hints?.eosId ?? vocabSize - 1,
-    projectedWidth: part.shapes.get('text_projection.weight')?.[0],
+    bosId: tokenId(part, hints?.bosId ?? vocabSize - 2, vocabSize),
+    eosId: tokenId(part, hints?.eosId ?? vocabSize - 1, vocabSize),
   };
+}
+
+function tokenId({ file }: PartShapes, id: number, vocabSize: number): number {
+  if (id >= 0 && id < vocabSize) return id;
+  throw new MmditxError(
+    'bad-file',
+    `${file} fits no Stable Diffusion 3 model: a text encoder of ${vocabSize} tokens has none of the id ${id}; use an unchanged checkpoint.`,
+  );
 }
 
 export function t5Config(part: PartShapes, hints: ConfigHints['t5']): T5Config {
@@ -196,7 +207,7 @@ function indices({ shapes }: PartShapes, pattern: RegExp): number[] {
 }
 
 /** How many there are, counted to the last one; a gap shows later as missing tensors. */
-function countIndices(part: PartShapes, pattern: RegExp): number {
+function countIndices(part: PartShapes, pattern: RegExp, most = MAX_COUNT): number {
   const counted = (indices(part, pattern).at(-1) ?? -1) + 1;
-  return whole(part, counted > MAX_COUNT ? Number.NaN : counted, `it numbers its blocks up to ${counted - 1}`);
+  return whole(part, counted > most ? Number.NaN : counted, `it numbers its blocks up to ${counted - 1}`);
 }

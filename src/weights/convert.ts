@@ -83,7 +83,7 @@ function quantizedTo(name: string, weight: WeightTensor, precision: QuantizedPre
   };
 }
 
-/** A weight that keeps its precision: integers and plain tensors as they are, others in half precision. */
+/** A weight that is not quantised now: integers and plain tensors as they are, vectors in float32, others in half precision. */
 function kept(name: string, weight: WeightTensor): PlannedTensors {
   const { shape, spans, quantized } = weight;
   if (quantized) {
@@ -91,6 +91,13 @@ function kept(name: string, weight: WeightTensor): PlannedTensors {
     return {
       tensors: quantizedPlan(name, shape as [number, number], quantized.precision),
       values: () => Promise.all(pieces.map((parts) => readSpan(uncut(parts)))),
+    };
+  }
+  // Programs would convert these small ones at each run.
+  if (shape.length < 2) {
+    return {
+      tensors: new Map([[name, { dtype: 'float32', shape }]]),
+      values: async () => [(await readFloats(weight)).data],
     };
   }
   const [span, ...more] = spans as [Span, ...Span[]];

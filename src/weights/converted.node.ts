@@ -16,7 +16,7 @@ import { type FileSource, fileSource } from './files.node.ts';
 import { plannedSafetensorsBytes, plannedSafetensorsChunks, readExactly } from './safetensors.ts';
 
 /** Grows when a converted file has to be made anew. */
-const FORMAT = 1;
+const FORMAT = 4;
 
 /** Where converted networks are kept: MMDITX_CACHE, else the user's cache folder. */
 export function conversionFolder(environment: NodeJS.ProcessEnv = process.env): string {

@@ -8,6 +8,7 @@ import { MmditxError } from '../errors.ts';
 import { type DType, elementCount, type FloatTensor, floats, toFloat32 } from '../tensor/data.ts';
 import { partTitles } from './checkpoint.ts';
 import type { TensorShapes } from './expected.ts';
+import { isFiniteNumber, recordOf } from './json.ts';
 import {
   foreignLora,
   type LoraPart,
@@ -241,7 +242,7 @@ const metadataPrefixes: Readonly<Record<LoraPart, string>> = {
 /** PEFT's `LoraConfig`, what of it decides the scale. */
 const adapterSchema = z.object({
   lora_alpha: z.number(),
-  alpha_pattern: z.record(z.string(), z.number()).nullish(),
+  alpha_pattern: recordOf(isFiniteNumber).nullish(),
   use_rslora: z.boolean().nullish(),
 });
 
@@ -273,14 +274,18 @@ function readAlphas({ source, metadata }: SafetensorsFile): Map<LoraPart, AlphaR
     });
     if (!adapter.success) throw refuse(`is wrong at ${prefix}.${adapter.error.issues[0]?.path.join('.')}`);
     const { lora_alpha: general, alpha_pattern: patterns, use_rslora: rankStabilized } = adapter.data;
-    const particular = Object.entries(patterns ?? {}).map(([pattern, alpha]) => {
+    const particular = new Map<string, { alpha: number; place: number }>();
+    for (const [pattern, alpha] of Object.entries(patterns ?? {})) {
       const end = literalPattern(pattern);
       if (end === undefined)
         throw refuse(`has the regular expression ${quote(pattern)}, which this version does not read`);
-      return { end, alpha };
-    });
+      if (!particular.has(end)) particular.set(end, { alpha, place: particular.size });
+    }
     rules.set(part, (module, rank) => {
-      const own = particular.find(({ end }) => module === end || module.endsWith(`.${end}`));
+      // Of several that fit, the first in the file counts.
+      const [own] = endsOf(module)
+        .flatMap((end) => particular.get(end) ?? [])
+        .sort((a, b) => a.place - b.place);
       // Rank-stabilised LoRA divides by the root of the rank (Kalajdzievski 2023, arXiv 2312.03732).
       return (own?.alpha ?? general) / (rankStabilized ? Math.sqrt(rank) : rank);
     });
@@ -295,6 +300,12 @@ function readAlphas({ source, metadata }: SafetensorsFile): Map<LoraPart, AlphaR
 function literalPattern(pattern: string): string | undefined {
   const name = pattern.replace(/^\^/, '').replaceAll('\\.', '.').replace(/\$$/, '');
   return /^[\w.]+$/.test(name) ? name : undefined;
+}
+
+/** A name and what is left of it behind each of its dots. */
+function endsOf(name: string): string[] {
+  const parts = name.split('.');
+  return parts.map((_, start) => parts.slice(start).join('.'));
 }
 
 /** Bound of a LoRA's strength either way: far beyond what leaves a picture, and small enough to compute with. */

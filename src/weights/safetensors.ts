@@ -8,6 +8,7 @@ import { z } from 'zod';
 import { MmditxError } from '../errors.ts';
 import { bytesPerElement, type DType, elementCount, type TensorData, type TypedArray } from '../tensor/data.ts';
 import { foreignFileError } from './foreign.ts';
+import { isCount, isText, listOf, recordOf } from './json.ts';
 import { quote } from './quote.ts';
 
 /** Bytes that can be read at any place: a `Blob`, an open file, a remote file. */
@@ -41,6 +42,10 @@ export interface SafetensorsFile {
 const LENGTH_BYTES = 8;
 /** The official reader's limit. */
 const MAX_HEADER_BYTES = 100_000_000;
+/** Stable Diffusion 3.5 with all its encoders has 2000 tensors. */
+const MAX_TENSORS = 100_000;
+/** Objects, lists and members of a header, of which a tensor's entry has seven: parsed, they take far more memory than as text. */
+const MAX_HEADER_PARTS = 8 * MAX_TENSORS;
 /** Enough of a file's start to recognise other formats by. */
 const SNIFFED_BYTES = 512;
 const METADATA_KEY = '__metadata__';
@@ -61,10 +66,10 @@ const dtypeOfTag = new Map<string, DType>([
 ]);
 const tagOfDtype = new Map([...dtypeOfTag].map(([tag, dtype]) => [dtype, tag]));
 
-const metadataSchema = z.record(z.string(), z.string());
+const metadataSchema = recordOf(isText);
 const entrySchema = z.object({
   dtype: z.string(),
-  shape: z.array(z.int().nonnegative()),
+  shape: listOf(isCount),
   data_offsets: z.tuple([z.int().nonnegative(), z.int().nonnegative()]),
 });
 
@@ -142,6 +147,8 @@ function parseHeader(bytes: Uint8Array): Record<string, unknown> | string {
   } catch {
     return 'its header is not UTF-8 text';
   }
+  const { parts, members } = measure(text);
+  if (parts > MAX_HEADER_PARTS) return `its header has room for more than ${MAX_TENSORS} tensors`;
   let value: unknown;
   try {
     value = JSON.parse(text);
@@ -150,23 +157,29 @@ function parseHeader(bytes: Uint8Array): Record<string, unknown> | string {
   }
   if (typeof value !== 'object' || value === null || Array.isArray(value)) return 'its header is not a JSON object';
   // JSON.parse keeps the last of two members of one name.
-  if (countMembers(text) !== Object.keys(value).length) return 'its header lists one tensor twice';
+  if (members !== Object.keys(value).length) return 'its header lists one tensor twice';
   return value as Record<string, unknown>;
 }
 
-/** The number of members of the object that valid JSON text holds, those with equal names counted each. */
-function countMembers(json: string): number {
+/** What JSON text holds: its objects, lists and members in all, and the members of the outermost object, those with equal names counted each. */
+function measure(json: string): { parts: number; members: number } {
   let depth = 0;
+  let parts = 0;
   let members = 0;
   for (let i = 0; i < json.length; i++) {
     const character = json[i];
     if (character === '"') {
-      for (i++; json[i] !== '"'; i++) if (json[i] === '\\') i++;
-    } else if (character === '{' || character === '[') depth++;
-    else if (character === '}' || character === ']') depth--;
-    else if (character === ':' && depth === 1) members++;
+      for (i++; i < json.length && json[i] !== '"'; i++) if (json[i] === '\\') i++;
+    } else if (character === '{' || character === '[') {
+      depth++;
+      parts++;
+    } else if (character === '}' || character === ']') depth--;
+    else if (character === ':') {
+      parts++;
+      if (depth === 1) members++;
+    }
   }
-  return members;
+  return { parts, members };
 }
 
 /** Tensors must follow each other without a gap from the end of the header to the end of the file. */

@@ -63,6 +63,17 @@ export function wholeTensor({ source }: WeightsFile, tensor: StoredTensor): Weig
   return { name: tensor.name, shape: tensor.shape, spans: [{ ...tensor, source }] };
 }
 
+/** Pieces of equal shape that follow each other in a span. */
+export function equalParts(span: Span, shape: readonly number[], parts: number): Span[] {
+  const byteLength = span.byteLength / parts;
+  return Array.from({ length: parts }, (_, i) => ({
+    ...span,
+    shape,
+    offset: span.offset + i * byteLength,
+    byteLength,
+  }));
+}
+
 /** Bytes that a weight takes in its files. */
 export function storedBytes({ spans, quantized }: WeightTensor): number {
   return [...spans, ...(quantized?.scales ?? [])].reduce((sum, { byteLength }) => sum + byteLength, 0);
