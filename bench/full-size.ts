@@ -7,12 +7,14 @@ import { existsSync } from 'node:fs';
 import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { pathToFileURL } from 'node:url';
+import { MODEL_FILE } from '../models/small/paths.ts';
 import { CLIP_G, CLIP_L, SD3_VAE, SD35_MEDIUM_TRANSFORMER, T5_XXL } from '../src/models/config.ts';
 import { torchGenerator } from '../src/sampling/noise.ts';
 import { elementCount, toFloat16 } from '../src/tensor/data.ts';
 import { writeFileAtomically } from '../src/weights/atomic.node.ts';
 import { clipTensors, type TensorShapes, t5Tensors, transformerTensors, vaeTensors } from '../src/weights/expected.ts';
 import { type PlannedTensors, plannedSafetensorsChunks } from '../src/weights/safetensors.ts';
+import { withModel } from './models.ts';
 import { ROOT } from './support.ts';
 
 /** Where the files lie by default. */
@@ -35,7 +37,7 @@ const FILES: Readonly<Record<string, TensorShapes>> = {
 /** Random numbers that all weights repeat, from places of their own: drawing each anew would take hours. */
 const POOL = 2 ** 20;
 
-/** Paths of the four files; writes those that are not there. */
+/** Paths of the four files; writes those that are not there, and tokenizers beside them. */
 export async function fullSizeFiles(folder = FULL_SIZE_FOLDER): Promise<string[]> {
   await mkdir(folder, { recursive: true });
   const paths = Object.keys(FILES).map((name) => join(folder, name));
@@ -44,7 +46,29 @@ export async function fullSizeFiles(folder = FULL_SIZE_FOLDER): Promise<string[]
     console.error(`Writing ${paths[i]}`);
     await writeFileAtomically(paths[i]!, plannedSafetensorsChunks(planned(shapes)));
   }
+  await writeTokenizers(folder);
   return paths;
+}
+
+/**
+ * Tokenizers where they are looked for: those of the small model, because the released ones are not ours to ship, with
+ * CLIP's marks of begin and end where the full vocabulary has them.
+ */
+async function writeTokenizers(folder: string): Promise<void> {
+  await withModel(MODEL_FILE, async ({ parts, tokenizers }) => {
+    const marks = new Map([
+      [parts.clipL!.config.bosId, CLIP_L.bosId],
+      [parts.clipL!.config.eosId, CLIP_L.eosId],
+    ]);
+    const clip = JSON.parse(tokenizers.clip!, (_key, value) =>
+      typeof value === 'number' ? (marks.get(value) ?? value) : value,
+    ) as unknown;
+    const texts = { tokenizer: JSON.stringify(clip), tokenizer_3: tokenizers.t5! };
+    for (const [name, text] of Object.entries(texts)) {
+      await mkdir(join(folder, name), { recursive: true });
+      await writeFileAtomically(join(folder, name, 'tokenizer.json'), [new TextEncoder().encode(text)]);
+    }
+  });
 }
 
 function planned(shapes: TensorShapes): PlannedTensors[] {

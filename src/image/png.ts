@@ -18,12 +18,19 @@ const MAX_KEYWORD = 79;
 
 /** Compressed texts of a file may become this long in all; more is taken for an attack. */
 const MAX_INFLATED_TEXT = 2 ** 20;
+/** What each counts for at least: inflating a few bytes takes some ten kilobytes, too. */
+const LEAST_INFLATED_TEXT = 2 ** 10;
+
+/** More than the largest picture that is read has when its pixels come in 8 KiB each, as libpng writes them. */
+const MAX_CHUNKS = 2 ** 17;
 
 /** Compressed bytes inflated at once: deflate grows data 1032-fold at most, so this bounds memory beyond a limit. */
 const INFLATE_STEP = 8192;
 
 /** Pictures with more pixels are refused unless the caller allows more: 8192 x 8192. */
 const DEFAULT_MAX_PIXELS = 2 ** 26;
+/** JPEG's limit. A picture of one column would take as much work for each pixel as others for each row. */
+const MAX_SIDE = 65_535;
 
 export interface EncodeOptions {
   /** Texts by keyword (1 to 79 printable Latin-1 characters), written in order before the pixels. */
@@ -58,23 +65,32 @@ export function decodePng(
   bytes: Uint8Array,
   { maxPixels = DEFAULT_MAX_PIXELS, background = [255, 255, 255] }: DecodeOptions = {},
 ): RgbaImage {
-  const chunks = [...readChunks(bytes)];
-  const header = readHeader(chunks[0]);
-  if (header.width * header.height > maxPixels) {
-    throw badPng(`is ${header.width} x ${header.height} pixels, more than ${maxPixels}; scale it down first`);
+  const chunks = listChunks(bytes);
+  const header = readHeader(bytes, chunks[0]);
+  if (header.width * header.height > maxPixels || Math.max(header.width, header.height) > MAX_SIDE) {
+    throw badPng(
+      `is ${header.width} x ${header.height} pixels, more than ${maxPixels} or ${MAX_SIDE} on a side; scale it down first`,
+    );
   }
   // fast-png 8.0 does not separate packed samples of interlaced pictures.
   if (header.isInterlaced && header.bitsPerPixel < 8) {
     throw badPng('is interlaced with less than 8 bits per pixel, which is not read; save it without interlacing');
   }
-  const pixelData = chunks.filter(({ type }) => type === 'IDAT').map(({ data }) => data);
-  const needed = rawSize(header);
-  if (inflate(pixelData, needed, false).size < needed) throw badPng('is cut short; get it again');
-
   // fast-png inflates colour profiles of any size and stumbles over odd texts: it only gets what makes the picture.
   const wanted = header.isIndexed ? ['PLTE', 'tRNS', 'IDAT', 'IEND'] : ['tRNS', 'IDAT', 'IEND'];
-  const picture = [chunks[0]!, ...chunks.filter(({ type }) => wanted.includes(type))].map(({ whole }) => whole);
-  const decoded = attempt(() => decode(concatenate([SIGNATURE, ...picture]), { checkCrc: true }));
+  const picture = chunks.filter(({ type }, i) => i === 0 || wanted.includes(type));
+  for (const chunk of picture) if (!isIntact(bytes, chunk)) throw damaged();
+  // In one piece, as each costs fast-png a copy of what was inflated last.
+  const pixels = concatenate(picture.filter(({ type }) => type === 'IDAT').map((chunk) => dataOf(bytes, chunk)));
+  const needed = rawSize(header);
+  if (inflate(pixels, needed, false).size < needed) throw badPng('is cut short; get it again');
+
+  const firstPixels = picture.find(({ type }) => type === 'IDAT');
+  const parts = picture.flatMap((chunk) => {
+    if (chunk === firstPixels) return makeChunk('IDAT', [pixels]);
+    return chunk.type === 'IDAT' ? [] : bytes.subarray(chunk.start, chunk.end);
+  });
+  const decoded = attempt(() => decode(concatenate([SIGNATURE, ...parts])));
   if (header.isIndexed && !decoded.palette) throw badPng('has no palette');
   return toRgba(decoded, background);
 }
@@ -89,11 +105,13 @@ export function decodePng(
 export function pngText(bytes: Uint8Array): Map<string, string> {
   const texts = new Map<string, string>();
   let budget = MAX_INFLATED_TEXT;
-  for (const chunk of readChunks(bytes)) {
+  for (const chunk of listChunks(bytes)) {
     if (!Object.hasOwn(textReaders, chunk.type)) continue;
-    if (crc32(chunk.whole.subarray(4, -4)) !== chunk.crc) throw badPng('has a damaged text; get it again');
-    const { keyword, text, inflated } = textReaders[chunk.type as keyof typeof textReaders](chunk.data, budget);
-    budget -= inflated;
+    if (!isIntact(bytes, chunk)) throw badPng('has a damaged text; get it again');
+    if (budget < 0) throw badPng('has more compressed texts than are read');
+    const read = textReaders[chunk.type as keyof typeof textReaders];
+    const { keyword, text, inflated } = read(dataOf(bytes, chunk), budget);
+    if (inflated !== undefined) budget -= Math.max(inflated, LEAST_INFLATED_TEXT);
     texts.set(keyword, text);
   }
   return texts;
@@ -101,39 +119,50 @@ export function pngText(bytes: Uint8Array): Map<string, string> {
 
 interface Chunk {
   readonly type: string;
-  readonly data: Uint8Array;
-  readonly crc: number;
-  /** The chunk with its length, type and CRC. */
-  readonly whole: Uint8Array;
+  /** Of its first byte, which belongs to its length. */
+  readonly start: number;
+  /** Of the byte behind its CRC. */
+  readonly end: number;
 }
 
 /** The chunks of a file up to `IEND`, or up to the first that the file does not hold completely. */
-function* readChunks(bytes: Uint8Array): Generator<Chunk> {
+function listChunks(bytes: Uint8Array): Chunk[] {
   if (!SIGNATURE.every((byte, i) => bytes[i] === byte)) {
     throw new MmditxError('bad-file', 'This is not a PNG file; give a picture that was saved as PNG.');
   }
-  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const view = viewOf(bytes);
+  const chunks: Chunk[] = [];
   let start = SIGNATURE.length;
   while (start + CHUNK_OVERHEAD <= bytes.length) {
     const end = start + CHUNK_OVERHEAD + view.getUint32(start);
-    if (end > bytes.length) return;
+    if (end > bytes.length) break;
     const type = latin1(bytes.subarray(start + 4, start + 8));
-    yield {
-      type,
-      data: bytes.subarray(start + 8, end - 4),
-      crc: view.getUint32(end - 4),
-      whole: bytes.subarray(start, end),
-    };
-    if (type === 'IEND') return;
+    chunks.push({ type, start, end });
+    if (chunks.length > MAX_CHUNKS) throw badPng(`has more than ${MAX_CHUNKS} chunks`);
+    if (type === 'IEND') break;
     start = end;
   }
+  return chunks;
+}
+
+function viewOf(bytes: Uint8Array): DataView {
+  return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+}
+
+function dataOf(bytes: Uint8Array, { start, end }: Chunk): Uint8Array {
+  return bytes.subarray(start + 8, end - 4);
+}
+
+/** Whether a chunk's type and data are what its CRC stands for. */
+function isIntact(bytes: Uint8Array, { start, end }: Chunk): boolean {
+  return crc32(bytes.subarray(start + 4, end - 4)) === viewOf(bytes).getUint32(end - 4);
 }
 
 interface ReadText {
   readonly keyword: string;
   readonly text: string;
-  /** Bytes that came out of decompression. */
-  readonly inflated: number;
+  /** Bytes that came out of decompression, where there was any. */
+  readonly inflated?: number;
 }
 
 /** Readers of the three kinds of text; `budget` is how many bytes may come out of decompression. */
@@ -141,13 +170,13 @@ const textReaders = {
   /** 11.3.3.2: keyword, NUL, Latin-1 text. */
   tEXt(data: Uint8Array): ReadText {
     const [keyword, text] = splitAtNul(data);
-    return { keyword: latin1(keyword), text: latin1(text), inflated: 0 };
+    return { keyword: latin1(keyword), text: latin1(text) };
   },
   /** 11.3.3.3: keyword, NUL, compression method 0, zlib stream of Latin-1 text. */
   zTXt(data: Uint8Array, budget: number): ReadText {
     const [keyword, rest] = splitAtNul(data);
     if (rest[0] !== 0) throw badPng('has a text of an unknown compression');
-    const text = inflate([rest.subarray(1)], budget, true);
+    const text = inflate(rest.subarray(1), budget, true);
     return { keyword: latin1(keyword), text: latin1(text.bytes), inflated: text.size };
   },
   /** 11.3.3.4: keyword, NUL, compressed or not, compression method, language, NUL, translated keyword, NUL, UTF-8 text. */
@@ -156,9 +185,9 @@ const textReaders = {
     const [isCompressed, method] = rest;
     const [, afterLanguage] = splitAtNul(rest.subarray(2));
     const [, text] = splitAtNul(afterLanguage);
-    if (isCompressed === 0) return { keyword: latin1(keyword), text: utf8(text), inflated: 0 };
+    if (isCompressed === 0) return { keyword: latin1(keyword), text: utf8(text) };
     if (isCompressed !== 1 || method !== 0) throw badPng('has a text of an unknown compression');
-    const plain = inflate([text], budget, true);
+    const plain = inflate(text, budget, true);
     return { keyword: latin1(keyword), text: utf8(plain.bytes), inflated: plain.size };
   },
 };
@@ -196,11 +225,11 @@ function crc32(bytes: Uint8Array): number {
 }
 
 /**
- * Inflates a zlib stream that lies in several parts.
+ * Inflates a zlib stream.
  * @param keep whether the bytes are wanted, or only their number
  * @throws MmditxError `bad-file` as soon as more than `limit` bytes come out, or for a damaged stream
  */
-function inflate(parts: readonly Uint8Array[], limit: number, keep: boolean): { bytes: Uint8Array; size: number } {
+function inflate(packed: Uint8Array, limit: number, keep: boolean): { bytes: Uint8Array; size: number } {
   const pieces: Uint8Array[] = [];
   let size = 0;
   const inflator = new Unzlib((piece) => {
@@ -211,9 +240,7 @@ function inflate(parts: readonly Uint8Array[], limit: number, keep: boolean): { 
     attempt(() => inflator.push(data, isLast));
     if (size > limit) throw badPng(`holds more than the ${limit} bytes that are expected of it`);
   };
-  for (const part of parts) {
-    for (let at = 0; at < part.length; at += INFLATE_STEP) push(part.subarray(at, at + INFLATE_STEP), false);
-  }
+  for (let at = 0; at < packed.length; at += INFLATE_STEP) push(packed.subarray(at, at + INFLATE_STEP), false);
   push(new Uint8Array(0), true);
   return { bytes: concatenate(pieces), size };
 }
@@ -238,17 +265,11 @@ const colourTypes: Readonly<Record<number, { channels: number; depths: readonly 
   6: { channels: 4, depths: [8, 16] },
 };
 
-function readHeader(chunk: Chunk | undefined): Header {
-  if (chunk?.type !== 'IHDR' || chunk.whole.length !== HEADER_CHUNK_BYTES) throw badPng('has no valid header');
-  const view = new DataView(chunk.data.buffer, chunk.data.byteOffset, chunk.data.length);
-  const [width, height] = [view.getUint32(0), view.getUint32(4)];
-  const [depth, colourType, , , interlace] = chunk.data.subarray(8) as unknown as [
-    number,
-    number,
-    number,
-    number,
-    number,
-  ];
+function readHeader(bytes: Uint8Array, chunk: Chunk | undefined): Header {
+  if (chunk?.type !== 'IHDR' || chunk.end - chunk.start !== HEADER_CHUNK_BYTES) throw badPng('has no valid header');
+  const data = dataOf(bytes, chunk);
+  const [width, height] = [viewOf(data).getUint32(0), viewOf(data).getUint32(4)];
+  const [depth, colourType, , , interlace] = data.subarray(8) as unknown as [number, number, number, number, number];
   const colour = colourTypes[colourType];
   if (width === 0 || height === 0 || !colour?.depths.includes(depth) || interlace > 1) {
     throw badPng('has no valid header');
@@ -366,8 +387,12 @@ function attempt<T>(decoder: () => T): T {
   try {
     return decoder();
   } catch (cause) {
-    throw new MmditxError('bad-file', 'This PNG file is damaged; get it again.', { cause });
+    throw damaged(cause);
   }
+}
+
+function damaged(cause?: unknown): MmditxError {
+  return new MmditxError('bad-file', 'This PNG file is damaged; get it again.', { cause });
 }
 
 function badPng(fault: string): MmditxError {

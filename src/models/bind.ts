@@ -18,6 +18,7 @@ import {
   toFloat16,
 } from '../tensor/index.ts';
 import type { PartWeights } from '../weights/checkpoint.ts';
+import type { ByteSource } from '../weights/safetensors.ts';
 import { equalParts, isBlockType, readFloats, type Span, type WeightTensor } from '../weights/stored.ts';
 import type { Weights } from './weights.ts';
 
@@ -39,12 +40,16 @@ export interface NetworkOptions extends Pick<CompileOptions, 'expandWeights' | '
 
 export interface BoundWeights extends Pick<CompileOptions, 'bind' | 'files' | 'expandWeights' | 'packWeights'> {
   readonly weights: Weights;
+  /** The files that the weights lie in. */
+  readonly sources: readonly ByteSource[];
   /** Reads what cannot be used where it lies in the file; to be awaited before the program is compiled. */
   read(): Promise<void>;
 }
 
 /** Compiles a program that was recorded with bound weights. */
 export async function compileBound(runtime: Runtime, program: Program, bound: BoundWeights): Promise<Executable> {
+  // A file that became shorter while it is mapped would end the process without a word.
+  await Promise.all(bound.sources.map((source) => source.requireUnchanged?.()));
   await bound.read();
   return runtime.compile(program, bound);
 }
@@ -127,6 +132,7 @@ export function bindWeights(
     ...compile,
     weights,
     bind: (tensor) => bindings.get(tensor.name!)!,
+    sources: [...new Set([...part.tensors.values()].flatMap(({ spans }) => spans.map(({ source }) => source)))],
     get files() {
       return [...files.values()];
     },

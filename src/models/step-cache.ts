@@ -12,7 +12,7 @@ import { type FloatTensor, floats } from '../tensor/index.ts';
 import type { TransformerPass } from './transformer.ts';
 
 /**
- * On the small model about a third of the evaluations are reused and pictures do not visibly change
+ * On the small model about a third of the evaluations are reused, and what changes in the pictures has to be looked for
  * (`bench/step-cache.ts`). ParaAttention uses 0.08 for FLUX, diffusers presets 0.05.
  */
 export const DEFAULT_CACHE_THRESHOLD = 0.1;

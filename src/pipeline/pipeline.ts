@@ -157,6 +157,7 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
     const { prompts, used, warnings: ignored } = await promptLoras(complete, source.findLora);
     for (const message of ignored) yield { type: 'warning', message };
     const networks = await networksWith(used);
+    await Promise.all(checkpoint.files.map(({ source: file }) => file.requireUnchanged?.()));
     for (const message of missingEncoders(networks)) yield { type: 'warning', message };
     const { warnings, positive, negative } = await conditioningOf(networks, encoders, { ...complete, ...prompts });
     for (const message of warnings) yield { type: 'warning', message };

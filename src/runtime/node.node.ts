@@ -62,6 +62,9 @@ export function nodeRuntime(options: NodeRuntimeOptions = {}): Runtime {
   });
 }
 
+/** Passes of ONNX Runtime that would convert every weight once and keep the result beside it. */
+const WEIGHT_EXPANDERS = 'ConstantFolding;FuseFp16InitializerToFp32NodeTransformer';
+
 function sessionOptions(
   device: Device,
   threads: number,
@@ -85,8 +88,7 @@ function sessionOptions(
         ...(folder && { model_external_initializers_file_folder_path: folder }),
         ...(compile.packWeights === false && { disable_prepacking: '1' }),
       },
-      // Folding would compute every conversion of a weight once and keep the result beside it.
-      ...(compile.expandWeights === false ? { optimization: { disable_specified_optimizers: 'ConstantFolding' } } : {}),
+      ...(compile.expandWeights === false && { optimization: { disable_specified_optimizers: WEIGHT_EXPANDERS } }),
     },
   };
 }

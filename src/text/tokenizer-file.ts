@@ -24,11 +24,9 @@ const flag = z.boolean().optional();
 /** A text that stands for a space; longer ones could make each step multiply a text's length. */
 const character = z.string().max(1);
 
-const expression = z
-  .string()
-  .refine((text) => EXPRESSIONS.includes(text), {
-    error: ({ input }) => `the expression ${quote(String(input))} is none of CLIP's or T5's`,
-  });
+const expression = z.string().refine((text) => EXPRESSIONS.includes(text), {
+  error: ({ input }) => `the expression ${quote(String(input))} is none of CLIP's or T5's`,
+});
 const pattern = z
   .object({ Regex: expression.optional(), String: z.string().min(1).optional() })
   .refine((of) => (of.Regex === undefined) !== (of.String === undefined), 'neither an expression nor a text');
@@ -97,9 +95,9 @@ const unigram = z
 function steps<Step extends z.ZodType, Name extends string>(step: Step, name: Name) {
   const list = z.object({ type: z.literal('Sequence'), [name]: shortList(step, MAX_STEPS) });
   return z
-    .unknown()
-    .transform((value) => value ?? null)
-    .pipe(z.union([z.null(), step, list]));
+    .union([step, list])
+    .nullish()
+    .transform((value) => value ?? null);
 }
 
 /** A `tokenizer.json` with what encoding needs, in the form that `@huggingface/tokenizers` takes. */

@@ -1,5 +1,5 @@
 /** Weight files on disk. */
-import { open, realpath } from 'node:fs/promises';
+import { open, realpath, stat } from 'node:fs/promises';
 import { MmditxError } from '../errors.ts';
 import type { TensorData } from '../tensor/data.ts';
 import { ioError, type WriteOptions, writeFileAtomically } from './atomic.node.ts';
@@ -44,8 +44,18 @@ export async function fileSource(path: string): Promise<FileSource> {
     }
     return bytes.subarray(0, filled);
   };
+  const requireUnchanged = async () => {
+    const now = await stat(path).catch(() => undefined);
+    const same = now && now.size === status.size && now.mtimeMs === status.mtimeMs && now.ino === status.ino;
+    if (same) return;
+    const found = now ? 'was changed' : 'is gone';
+    throw new MmditxError(
+      'bad-file',
+      `${path} ${found} since it was opened; load the model again once the file is complete.`,
+    );
+  };
   // Programs that map the file refuse links out of its folder, and caches of models are made of those.
-  return { name: path, path: await attempt(realpath(path)), size: status.size, read, close };
+  return { name: path, path: await attempt(realpath(path)), size: status.size, read, close, requireUnchanged };
 }
 
 /**

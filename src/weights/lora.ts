@@ -8,7 +8,7 @@ import { MmditxError } from '../errors.ts';
 import { type DType, elementCount, type FloatTensor, floats, toFloat32 } from '../tensor/data.ts';
 import { partTitles } from './checkpoint.ts';
 import type { TensorShapes } from './expected.ts';
-import { isFiniteNumber, recordOf } from './json.ts';
+import { isFiniteNumber } from './json.ts';
 import {
   foreignLora,
   type LoraPart,
@@ -239,10 +239,13 @@ const metadataPrefixes: Readonly<Record<LoraPart, string>> = {
   t5: 'text_encoder_3',
 };
 
+/** Characters of a pattern in a message. */
+const MAX_SHOWN = 100;
+
 /** PEFT's `LoraConfig`, what of it decides the scale. */
 const adapterSchema = z.object({
   lora_alpha: z.number(),
-  alpha_pattern: recordOf(isFiniteNumber).nullish(),
+  alpha_pattern: z.record(z.string(), z.unknown()).nullish(),
   use_rslora: z.boolean().nullish(),
 });
 
@@ -279,6 +282,7 @@ function readAlphas({ source, metadata }: SafetensorsFile): Map<LoraPart, AlphaR
       const end = literalPattern(pattern);
       if (end === undefined)
         throw refuse(`has the regular expression ${quote(pattern)}, which this version does not read`);
+      if (!isFiniteNumber(alpha)) throw refuse(`is wrong at ${prefix}.alpha_pattern.${end.slice(0, MAX_SHOWN)}`);
       if (!particular.has(end)) particular.set(end, { alpha, place: particular.size });
     }
     rules.set(part, (module, rank) => {

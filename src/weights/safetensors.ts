@@ -21,6 +21,11 @@ export interface ByteSource {
   read(offset: number, length: number): Promise<Uint8Array>;
   /** Where it lies on disk, for programs that map it. */
   readonly path?: string;
+  /**
+   * Makes sure that the file on disk is still the one that was opened.
+   * @throws MmditxError `bad-file` when it has changed or is gone
+   */
+  requireUnchanged?(): Promise<void>;
 }
 
 export interface TensorInfo {

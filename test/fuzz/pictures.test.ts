@@ -20,6 +20,7 @@ import {
 import { MAX_STEPS } from '../../src/sampling/schedules.ts';
 import { fuzz } from '../support/fuzz.ts';
 import { byteChanges, changedBytes, changedJson, few, jsonChanges } from '../support/mutations.ts';
+import { type Chunk, chunksOf, PNG_SIGNATURE, pngOf } from '../support/png.ts';
 
 const settings: GenerationSettings = {
   version: 1,
@@ -83,49 +84,6 @@ fuzz(
   { refuses: false },
 );
 
-interface Chunk {
-  readonly type: string;
-  readonly data: Uint8Array;
-}
-
-const SIGNATURE = Uint8Array.of(0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a);
-
-/** The chunks of a valid file. */
-function chunksOf(png: Uint8Array): Chunk[] {
-  const chunks: Chunk[] = [];
-  const view = new DataView(png.buffer, png.byteOffset);
-  for (let at = SIGNATURE.length; at < png.length; ) {
-    const length = view.getUint32(at);
-    chunks.push({
-      type: Buffer.from(png.subarray(at + 4, at + 8)).toString('latin1'),
-      data: png.slice(at + 8, at + 8 + length),
-    });
-    at += 12 + length;
-  }
-  return chunks;
-}
-
-function pngOf(chunks: readonly Chunk[]): Uint8Array {
-  const parts = chunks.flatMap(({ type, data }) => {
-    const typed = Buffer.concat([Buffer.from(type, 'latin1'), data]);
-    const sizes = Buffer.alloc(8);
-    sizes.writeUInt32BE(data.length, 0);
-    sizes.writeUInt32BE(crc32(typed), 4);
-    return [sizes.subarray(0, 4), typed, sizes.subarray(4)];
-  });
-  return Uint8Array.from(Buffer.concat([SIGNATURE, ...parts]));
-}
-
-/** CRC-32 bit by bit (Node has its own only from 20.15 on). */
-function crc32(bytes: Uint8Array): number {
-  let crc = -1;
-  for (const byte of bytes) {
-    crc ^= byte;
-    for (let bit = 0; bit < 8; bit++) crc = (crc >>> 1) ^ (crc & 1 ? 0xedb88320 : 0);
-  }
-  return ~crc >>> 0;
-}
-
 const [WIDTH, HEIGHT] = [19, 13];
 const noise = Buffer.from(Array.from({ length: 3 * WIDTH * HEIGHT }, (_, i) => (i * 7919) % 251));
 const raw = () => sharp(noise, { raw: { width: WIDTH, height: HEIGHT, channels: 3 } });
@@ -140,8 +98,8 @@ const texts: Chunk[] = [
   { type: 'iTXt', data: Buffer.concat([latin1('three\0\0\0de\0Wort\0'), Buffer.from('plain ✓')]) },
   { type: 'iTXt', data: Buffer.concat([latin1('parameters\0\x01\0\0\0'), deflateSync(Buffer.from(parameters[1]!))]) },
 ];
-const pngs: readonly (readonly Chunk[])[] = [
-  ...(await Promise.all([
+const plain = (
+  await Promise.all([
     raw().greyscale().png().toBuffer(),
     raw().png({ palette: true, colours: 200 }).toBuffer(),
     raw().png({ palette: true, colours: 2 }).toBuffer(),
@@ -149,12 +107,15 @@ const pngs: readonly (readonly Chunk[])[] = [
     raw().png({ progressive: true }).toBuffer(),
     deep.toColourspace('rgb16').png().toBuffer(),
     raw().withIccProfile('srgb').png().toBuffer(),
-  ])),
-  encodePng({ width: WIDTH, height: HEIGHT, data: noise }, { text: settingsText(settings) }),
-].map(chunksOf);
-pngs.push(pngs[0]!.toSpliced(1, 0, ...texts, { type: 'tRNS', data: Buffer.of(0, 7) }));
+  ])
+).map(chunksOf);
+const pngs: readonly (readonly Chunk[])[] = [
+  ...plain,
+  chunksOf(encodePng({ width: WIDTH, height: HEIGHT, data: noise }, { text: settingsText(settings) })),
+  plain[0]!.toSpliced(1, 0, ...texts, { type: 'tRNS', data: Buffer.of(0, 7) }),
+];
 
-const bomb = deflateSync(Buffer.alloc(2 ** 23), { level: 9 });
+const bomb = deflateSync(Buffer.alloc(2 ** 21), { level: 9 });
 
 const chunkChange = fc.record({
   kind: fc.constantFrom('data', 'unpacked', 'header', 'drop', 'repeat', 'swap', 'type', 'bomb', 'foreign'),
@@ -162,8 +123,7 @@ const chunkChange = fc.record({
   other: fc.nat({ max: 30 }),
   bytes: byteChanges,
   type: fc.constantFrom('IHDR', 'PLTE', 'tRNS', 'IDAT', 'IEND', 'tEXt', 'zTXt', 'iTXt', 'iCCP', 'fdAT', 'acTL', 'abcd'),
-  count: fc.oneof(fc.nat({ max: 3 }), fc.nat({ max: 300 })),
-  field: fc.constantFrom(...([0, 4] as const).map((offset) => ({ offset, bytes: 4, bigEndian: true }) as const)),
+  count: fc.oneof(fc.nat({ max: 3 }), fc.nat({ max: 40 })),
   value: fc.nat({ max: 255 }),
 });
 type ChunkChange = typeof chunkChange extends fc.Arbitrary<infer Change> ? Change : never;
@@ -228,7 +188,7 @@ function unpackedBytes(png: Uint8Array): number {
   const end = png.length - 12;
   const view = new DataView(png.buffer);
   const parts: Uint8Array[] = [];
-  for (let at = SIGNATURE.length; at <= end; at += 12 + view.getUint32(at)) {
+  for (let at = PNG_SIGNATURE.length; at <= end; at += 12 + view.getUint32(at)) {
     if (view.getUint32(at + 4) === 0x49444154) parts.push(png.subarray(at + 8, at + 8 + view.getUint32(at)));
   }
   try {

@@ -39,6 +39,9 @@ const integers: TensorList = {
     { name: 'b.weight.int8_scale', dtype: 'F32', shape: [2], data: new Uint8Array(8).fill(0x3f) },
     { name: 'c.weight', dtype: 'U8', shape: [2, 1, 16], data: new Uint8Array(32).fill(0x77) },
     { name: 'c.weight.int4_scale', dtype: 'F32', shape: [2, 1], data: new Uint8Array(8).fill(0x3f) },
+    // Empty ones may have any other size, too.
+    { name: 'd.weight', dtype: 'I8', shape: [1, 4, 0], data: new Uint8Array(0) },
+    { name: 'd.weight.int8_scale', dtype: 'F32', shape: [0], data: new Uint8Array(0) },
   ],
 };
 const transformer = part(official, 'model.diffusion_model.');
@@ -65,7 +68,7 @@ const checkpoints: readonly TensorList[] = [
   ...[1, 2, 3].map((n) => layouts(`diffusers/transformer/diffusion_pytorch_model-0000${n}-of-00003`)),
   layouts('diffusers/text_encoder/model'),
   layouts('diffusers/text_encoder_3/model'),
-  { metadata: {}, tensors: [...transformer.tensors, ...integers.tensors] },
+  { metadata: {}, tensors: [...integers.tensors, ...transformer.tensors] },
 ];
 const safetensors = [...checkpoints, layouts('numbers'), integers];
 
@@ -96,16 +99,19 @@ fuzz('safetensors', changedFile(safetensors.length), (input) => {
     async read() {
       const file = await openSafetensors(source);
       let end = 8 + Number(new DataView(bytes.buffer).getBigUint64(0, true));
-      for (const { offset, byteLength } of [...file.tensors.values()].sort((a, b) => a.offset - b.offset)) {
-        expect(offset).toBeGreaterThanOrEqual(end);
-        end = offset + byteLength;
-      }
+      const wrong = [...file.tensors.values()]
+        .sort((a, b) => a.offset - b.offset || a.byteLength - b.byteLength)
+        .filter(({ dtype, shape, offset, byteLength }) => {
+          const follows = offset === end;
+          end = offset + byteLength;
+          return !follows || elementCount(shape) * bytesPerElement[dtype] !== byteLength;
+        });
+      expect(wrong).toEqual([]);
       expect(end).toBe(bytes.length);
-      for (const [name, { dtype, shape, byteLength }] of file.tensors) {
-        expect(elementCount(shape) * bytesPerElement[dtype]).toBe(byteLength);
-        expect((await readTensor(file, name)).data.byteLength).toBe(byteLength);
-      }
-      for (const text of Object.values(file.metadata)) expect(text).toBeTypeOf('string');
+      let read = 0;
+      for (const name of file.tensors.keys()) read += (await readTensor(file, name)).data.byteLength;
+      expect(read).toBeLessThan(bytes.length);
+      expect(Object.values(file.metadata).every((text) => typeof text === 'string')).toBe(true);
       source.check();
     },
   };
@@ -196,14 +202,13 @@ fuzz('GGUF', changedGguf, ({ file, changes }) => {
     async read() {
       const gguf = await openGguf(source);
       for (const tensor of gguf.tensors.values()) {
-        const { encoding, shape, offset, byteLength } = tensor;
-        expect(offset + byteLength).toBeLessThanOrEqual(bytes.length);
+        const { encoding, shape, byteLength } = tensor;
         const { valuesPerBlock, bytesPerBlock } = isBlockType(encoding)
           ? blockFormats[encoding]
           : { valuesPerBlock: 1, bytesPerBlock: bytesPerElement[encoding] };
-        expect((elementCount(shape) / valuesPerBlock) * bytesPerBlock).toBe(byteLength);
-        const values = await readFloats(wholeTensor({ source, metadata: {}, tensors: gguf.tensors }, tensor));
-        expect(values.data.length).toBe(elementCount(shape));
+        const { data } = await readFloats(wholeTensor({ ...gguf, metadata: {} }, tensor));
+        const sizes = [elementCount(shape), (byteLength / bytesPerBlock) * valuesPerBlock];
+        if (sizes.some((size) => size !== data.length)) expect(sizes).toEqual([data.length, data.length]);
       }
       source.check();
     },
@@ -240,13 +245,16 @@ fuzz('a checkpoint', changedModel, (input) => {
     async read() {
       const { parts, files } = await openCheckpoint(sources);
       for (const weights of Object.values(parts)) {
-        for (const value of Object.values<unknown>({ ...weights.config })) {
-          if (typeof value === 'number') expect(value).toBeGreaterThan(-1000);
+        const sizes = Object.entries<unknown>({ ...weights.config }).filter(([, value]) => typeof value === 'number');
+        for (const [name, size] of sizes as [string, number][]) {
+          const isSize = Number.isSafeInteger(size) && size > 0;
+          if (!isSize && !/Id$|^latentS/.test(name)) expect(`${name} ${size}`).toBe('a size');
+          if (name.endsWith('Id')) expect(size).toBeLessThan(Number(Object.fromEntries(sizes).vocabSize));
         }
         for (const [i, weight] of [...weights.tensors.values()].entries()) {
-          expect(weight.spans.length).toBeGreaterThan(0);
-          expect(Math.min(...weight.shape)).toBeGreaterThan(0);
-          if (i % 16 === 0) expect((await readWeight(weight)).data.length).toBe(elementCount(weight.shape));
+          const { spans, shape } = weight;
+          if (spans.length === 0 || Math.min(...shape) < 1) expect([spans.length, ...shape]).toEqual('a weight');
+          if (i % 16 === 0) expect((await readWeight(weight)).data.length).toBe(elementCount(shape));
         }
         modelDefaults(weights.metadata, weights.file);
         storedPreviewFactors(weights.metadata, weights.file);

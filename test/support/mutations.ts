@@ -154,19 +154,26 @@ type Json =
   | { readonly kind: 'array'; readonly items: Json[] }
   | { readonly kind: 'object'; readonly members: [key: string, value: Json][] };
 
-const LONG = 'long'.repeat(2500);
-const DEPTH = 3000;
+/** Texts too long to be shown with a case that fails, by what it shows in their place. */
+const long = new Map([
+  ['a long text', JSON.stringify('long'.repeat(2500))],
+  ['a long list', `[${'0,'.repeat(3000)}0]`],
+  ['a deep list', '['.repeat(3000) + ']'.repeat(3000)],
+  ['a deep object', `${'{"a":'.repeat(3000)}0${'}'.repeat(3000)}`],
+]);
+const LONG_NAME = 'a long name';
+
+function longName(text: string): string {
+  return text.replace(LONG_NAME, () => 'long'.repeat(2500));
+}
 
 /** Values as they stand in a file. */
 const values = [
   ...['null', 'true', 'false', '-0', '0', '1', '-1', '0.5', '1e999', '-1e999', '1e-999', '1E400', '123456789e3'],
   ...INTEGERS.map(String),
   ...['""', '" "', '"a"', '"0"', '"__proto__"', '"constructor"', '"\\u0000"', '"\\ud800"', '"\\n\\u001b[2J\\u202e"'],
-  JSON.stringify(LONG),
   ...['[]', '{}', '[[]]', '[null]', '[0]', '[{}]', '{"length":4294967295}', '{"__proto__":{"a":1}}', '{"a":{"a":[]}}'],
-  '['.repeat(DEPTH) + ']'.repeat(DEPTH),
-  `${'{"a":'.repeat(DEPTH)}0${'}'.repeat(DEPTH)}`,
-  `[${'0,'.repeat(3000)}0]`,
+  ...long.keys(),
 ];
 const keys = [
   '__proto__',
@@ -178,7 +185,7 @@ const keys = [
   '0',
   '-1',
   '\n\u001b[2J\u202e',
-  LONG,
+  LONG_NAME,
 ];
 
 /** The first ones often: what stands at the start of a file decides how the rest is read. */
@@ -211,10 +218,18 @@ export function changedJson(text: string, changes: readonly JsonChange[]): strin
   return root.items.map(jsonText).join('');
 }
 
-function fromValue(value: unknown): Json {
-  if (Array.isArray(value)) return { kind: 'array', items: value.map(fromValue) };
-  if (typeof value === 'object' && value !== null) {
-    return { kind: 'object', members: Object.entries(value).map(([key, member]) => [key, fromValue(member)]) };
+/** What lies deeper is not changed by itself. */
+const MAX_DEPTH = 50;
+
+function fromValue(value: unknown, depth = 0): Json {
+  if (depth < MAX_DEPTH && Array.isArray(value)) {
+    return { kind: 'array', items: value.map((item) => fromValue(item, depth + 1)) };
+  }
+  if (depth < MAX_DEPTH && typeof value === 'object' && value !== null) {
+    return {
+      kind: 'object',
+      members: Object.entries(value).map(([key, member]) => [key, fromValue(member, depth + 1)]),
+    };
   }
   return { kind: 'text', text: JSON.stringify(value) };
 }
@@ -251,7 +266,7 @@ function changeJson(root: Exclude<Json, { kind: 'text' }>, change: JsonChange): 
   const list: unknown[] = parent.kind === 'array' ? parent.items : parent.members;
   switch (change.kind) {
     case 'value':
-      put(at, { kind: 'text', text: change.value });
+      put(at, newValue(change));
       break;
     case 'copy':
       // As text, so that a value can hold a copy of what it lies in.
@@ -264,7 +279,7 @@ function changeJson(root: Exclude<Json, { kind: 'text' }>, change: JsonChange): 
       list.splice(index, 0, structuredClone(list[index]));
       break;
     case 'key':
-      if (parent.kind === 'object') parent.members[index]![0] = change.key;
+      if (parent.kind === 'object') parent.members[index]![0] = longName(change.key);
       break;
     case 'other key':
       if (parent.kind === 'object' && other.parent.kind === 'object') {
@@ -275,10 +290,14 @@ function changeJson(root: Exclude<Json, { kind: 'text' }>, change: JsonChange): 
       put(at, { kind: 'array', items: [held] });
       break;
     case 'join':
-      if (held.kind === 'array') held.items.push({ kind: 'text', text: change.value });
-      if (held.kind === 'object') held.members.push([change.key, { kind: 'text', text: change.value }]);
+      if (held.kind === 'array') held.items.push(newValue(change));
+      if (held.kind === 'object') held.members.push([longName(change.key), newValue(change)]);
       break;
   }
+}
+
+function newValue({ value }: JsonChange): Json {
+  return { kind: 'text', text: long.get(value) ?? value };
 }
 
 function valueAt({ parent, index }: Place): Json {
@@ -296,7 +315,7 @@ export interface TensorList {
   readonly tensors: readonly ListedTensor[];
 }
 
-interface ListedTensor {
+export interface ListedTensor {
   readonly name: string;
   /** As in the file, such as `F32`. */
   readonly dtype: string;
@@ -367,7 +386,7 @@ const nameParts = [
     '',
     '__proto__',
     '\n\u001b[2J',
-    LONG,
+    LONG_NAME,
   ],
   ...['scale_weight', 'weight_scale', 'scale_input', 'comfy_quant', 'weight.int8_scale', 'weight.int4_scale', 'absmax'],
   ...[
@@ -413,6 +432,7 @@ export function changedTensors(
 
 function changeTensors(list: TensorList, change: TensorChange, others: readonly TensorList[]): TensorList {
   const { tensors, metadata } = list;
+  const text = longName(change.text);
   const index = change.at % tensors.length;
   const tensor = tensors[index];
   if (!tensor) return list;
@@ -427,9 +447,9 @@ function changeTensors(list: TensorList, change: TensorChange, others: readonly 
   const axis = change.part % Math.max(shape.length, 1);
   switch (change.kind) {
     case 'part':
-      return replaced({ name: parts.with(part, change.text).join('.') });
+      return replaced({ name: parts.with(part, text).join('.') });
     case 'add part':
-      return replaced({ name: parts.toSpliced(part, 0, change.text).join('.') });
+      return replaced({ name: parts.toSpliced(part, 0, text).join('.') });
     case 'remove part':
       return replaced({ name: parts.toSpliced(part, 1).join('.') });
     case 'name':
@@ -449,9 +469,9 @@ function changeTensors(list: TensorList, change: TensorChange, others: readonly 
     case 'drop':
       return { metadata, tensors: tensors.toSpliced(index, 1) };
     case 'copy':
-      return { metadata, tensors: [...tensors, { ...other, name: parts.with(part, change.text).join('.') }] };
+      return { metadata, tensors: [...tensors, { ...other, name: parts.with(part, text).join('.') }] };
     case 'companion': {
-      const { dtype, text, size } = change;
+      const { dtype, size } = change;
       const own = { name: `${tensor.name}.${text}`, dtype, shape: size % 2 ? [] : [size], data: new Uint8Array(0) };
       const beside = { ...own, name: parts.with(-1, text).join('.') };
       return { metadata, tensors: [...tensors, sized(change.other % 2 ? own : beside)] };
@@ -463,7 +483,7 @@ function changeTensors(list: TensorList, change: TensorChange, others: readonly 
     case 'metadata':
       return {
         tensors,
-        metadata: { ...metadata, ...others[change.other % others.length]?.metadata, [change.text]: '1' },
+        metadata: { ...metadata, ...others[change.other % others.length]?.metadata, [text]: '1' },
       };
   }
 }
