@@ -1,12 +1,12 @@
 /** `mmditx convert`: a model in another precision, as one file that is mapped into memory as it is. */
 
-import { statfs } from 'node:fs/promises';
+import { realpath, statfs } from 'node:fs/promises';
 import { dirname } from 'node:path';
 import { type Command, Option } from 'commander';
 import { MmditxError } from '../errors.ts';
 import { openFiles } from '../index.node.ts';
 import { writeFileAtomically } from '../weights/atomic.node.ts';
-import { type PartName, partNames, partTitles } from '../weights/checkpoint.ts';
+import { partNames, partTitles } from '../weights/checkpoint.ts';
 import { convertedMetadata, type Precision, partPrefixes, plannedTensors } from '../weights/convert.ts';
 import { formatBytes } from '../weights/download.node.ts';
 import { CLIP_TOKENIZER_KEY, T5_TOKENIZER_KEY } from '../weights/metadata.ts';
@@ -18,7 +18,6 @@ import { makeFolderOf, requireWritable } from './writable.ts';
 interface ConvertFlags {
   readonly precision: Precision;
   readonly output: string;
-  readonly part?: readonly PartName[];
   readonly quiet?: true;
 }
 
@@ -44,7 +43,7 @@ Example:
     )
     .action(async (paths: string[], flags: ConvertFlags) => {
       const progress = createProgress(context.stderr, { quiet: flags.quiet });
-      const { checkpoint, close } = await openFiles(paths, { onNote: progress.say });
+      const { checkpoint, sources, close } = await openFiles(paths, flags.quiet ? {} : { onNote: progress.say });
       try {
         const { parts, tokenizers } = checkpoint;
         const plans = partNames.flatMap((part) => {
@@ -57,6 +56,10 @@ Example:
           ...(tokenizers.t5 !== undefined && { [T5_TOKENIZER_KEY]: tokenizers.t5 }),
         };
         const bytes = plannedSafetensorsBytes(plans, metadata);
+        const replaced = await realpath(flags.output).catch(() => undefined);
+        if (sources.some(({ path }) => path === replaced)) {
+          throw new MmditxError('bad-option', `${flags.output} is a file of the model; choose another output.`);
+        }
         await makeFolderOf(flags.output);
         await requireWritable(flags.output);
         await requireRoom(flags.output, bytes);
@@ -73,6 +76,7 @@ Example:
         if (missing.length > 0 && !flags.quiet) progress.say(`Not in it: ${missing.join(', ')}.`);
         context.stdout.write(`${flags.output}\n`);
       } finally {
+        progress.stop();
         await close();
       }
     });

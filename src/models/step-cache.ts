@@ -17,7 +17,7 @@ import type { TransformerPass } from './transformer.ts';
  */
 export const DEFAULT_CACHE_THRESHOLD = 0.1;
 
-/** Reused evaluations in a row: where a picture changes slowly but steadily, the threshold alone lets it drift. */
+/** Reused evaluations in a row: how far the blocks left out have moved is only guessed from the first one. */
 const DEFAULT_MAX_CONSECUTIVE = 3;
 
 export interface StepCacheOptions {

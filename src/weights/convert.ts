@@ -1,9 +1,11 @@
 /** Writing networks anew in another precision, in a file that can be mapped into memory as it is. */
 
+import { MmditxError } from '../errors.ts';
 import { INT4_BLOCK, type QuantizedPrecision, toFloat16 } from '../tensor/index.ts';
 import type { Checkpoint, PartName, PartWeights } from './checkpoint.ts';
 import { configMetadata } from './metadata.ts';
 import { quantize, quantizedPlan } from './quantized.ts';
+import { quote } from './quote.ts';
 import type { PlannedTensors } from './safetensors.ts';
 import { isBlockType, readFloats, readSpan, type Span, type WeightTensor } from './stored.ts';
 
@@ -79,8 +81,19 @@ export function plannedTensors(
 function quantizedTo(name: string, weight: WeightTensor, precision: QuantizedPrecision): PlannedTensors {
   return {
     tensors: quantizedPlan(name, weight.shape as [number, number], precision),
-    values: async () => quantize(name, await readFloats(weight), precision),
+    async values() {
+      const [values, scales] = quantize(name, await readFloats(weight), precision);
+      if (!scales.every(Number.isFinite)) throw notFinite(weight);
+      return [values, scales];
+    },
   };
+}
+
+function notFinite({ name, spans }: WeightTensor): MmditxError {
+  return new MmditxError(
+    'bad-file',
+    `The weight ${quote(name)} in ${spans[0]!.source.name} has values that are not finite; download the file again.`,
+  );
 }
 
 /** A weight that is not quantised now: integers and plain tensors as they are, vectors in float32, others in half precision. */
@@ -89,7 +102,8 @@ function kept(name: string, weight: WeightTensor): PlannedTensors {
   if (quantized) {
     const pieces = [spans, quantized.scales];
     return {
-      tensors: quantizedPlan(name, shape as [number, number], quantized.precision),
+      // In the parts it has, as older files may have others.
+      tensors: quantizedPlan(name, shape as [number, number], quantized.precision, spans.length),
       values: () => Promise.all(pieces.map((parts) => readSpan(uncut(parts)))),
     };
   }

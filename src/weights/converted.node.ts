@@ -69,12 +69,38 @@ export async function convertParts(
       await onlyOnce(path, signal, () => convert(path, part, weights, precision, { signal, onProgress }));
     }
     for (const { path } of jobs) sources.push(await fileSource(path));
-    const converted = await openCheckpoint(sources);
-    return { checkpoint: { ...checkpoint, parts: { ...checkpoint.parts, ...converted.parts } }, close };
+    const converted = await openConverted(sources, jobs);
+    return { checkpoint: { ...checkpoint, parts: { ...checkpoint.parts, ...converted } }, close };
   } catch (error) {
     await close();
     throw error;
   }
+}
+
+/**
+ * The networks in converted files. What is known beside the weights comes from the originals: the same weights may lie
+ * in files that say something else about them.
+ * @throws MmditxError `bad-file` with the file to delete
+ */
+async function openConverted(sources: readonly FileSource[], jobs: readonly Job[]): Promise<Checkpoint['parts']> {
+  const parts = await Promise.all(
+    sources.map(async (source, i) => {
+      const { part, weights, path } = jobs[i]!;
+      const opened = await openCheckpoint([source]).catch((cause: unknown) => {
+        throw cause instanceof MmditxError && cause.code !== 'io' ? damaged(path, cause) : cause;
+      });
+      const found = opened.parts[part];
+      if (!found) throw damaged(path);
+      return [part, { ...found, config: weights.config, metadata: weights.metadata }];
+    }),
+  );
+  return Object.fromEntries(parts);
+}
+
+function damaged(path: string, cause?: MmditxError): MmditxError {
+  return new MmditxError('bad-file', `The converted weights in ${path} are damaged; delete this file and try again.`, {
+    cause,
+  });
 }
 
 type Job = { readonly part: PartName; readonly weights: PartWeights<unknown>; readonly path: string };
@@ -168,7 +194,13 @@ async function onlyOnce(path: string, signal: AbortSignal | undefined, work: () 
       break;
     }
     if (await isLeftBehind(lock)) await rm(lock, { force: true });
-    else await wait(POLL_EVERY, undefined, signal ? { signal } : {});
+    else {
+      await wait(POLL_EVERY, undefined, signal ? { signal } : {}).catch((error: unknown) => {
+        // Its own error hides the reason.
+        signal?.throwIfAborted();
+        throw error;
+      });
+    }
   }
   const alive = setInterval(() => void utimes(lock, new Date(), new Date()).catch(() => undefined), STALE_AFTER / 4);
   try {

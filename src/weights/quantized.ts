@@ -32,6 +32,8 @@ const JOINED_PARTS = 3;
  * reach 1290 GOPS at 1536 columns and 650 at 6144, packed ones 1300 and 1040.
  */
 const WIDEST_PART = 2048;
+/** Most parts of a weight: below it for every released model; a weight that would need more is one part. */
+const MOST_PARTS = 64;
 
 function joinedParts(name: string): number {
   return JOINED.test(name) ? JOINED_PARTS : 1;
@@ -44,7 +46,7 @@ const SINGLE_ROW = /(?:^|\.)adaLN_modulation\.1\.weight$/;
 function int8Parts(name: string, out: number): number {
   const joined = joinedParts(name);
   if (SINGLE_ROW.test(name)) return joined;
-  for (let parts = joined; parts <= out; parts += joined) {
+  for (let parts = joined; parts <= MOST_PARTS; parts += joined) {
     if (out % parts === 0 && out / parts <= WIDEST_PART) return parts;
   }
   return joined;
@@ -80,6 +82,7 @@ function quantizedWeight(
   if (precision === 'int8') {
     if (values.encoding !== 'int8' || sizes.length < 2 || sizes.length > 3) return undefined;
     parts = sizes.length === 3 ? sizes[0]! : 1;
+    if (parts < 1 || parts > MOST_PARTS) return undefined;
     shape = [parts * sizes.at(-1)!, sizes.at(-2)!];
     if (scales.shape.join() !== String(shape[0])) return undefined;
   } else {
@@ -101,13 +104,16 @@ function quantizedWeight(
 
 type TensorPlan = Pick<TensorData, 'dtype' | 'shape'>;
 
-/** The two tensors that a weight [out, in] is written as in a precision, by name. */
+/**
+ * The two tensors that a weight [out, in] is written as in a precision, by name.
+ * @param parts of int8 (default: those that {@link quantize} makes)
+ */
 export function quantizedPlan(
   name: string,
   [out, width]: readonly [number, number],
   precision: QuantizedPrecision,
+  parts = int8Parts(name, out),
 ): ReadonlyMap<string, TensorPlan> {
-  const parts = int8Parts(name, out);
   const blocks = width / INT4_BLOCK;
   const [values, scales]: [TensorPlan, readonly number[]] =
     precision === 'int8'
@@ -120,7 +126,11 @@ export function quantizedPlan(
 }
 
 /** The values of {@link quantizedPlan}'s tensors. */
-export function quantize(name: string, weight: FloatTensor, precision: QuantizedPrecision): readonly TypedArray[] {
+export function quantize(
+  name: string,
+  weight: FloatTensor,
+  precision: QuantizedPrecision,
+): readonly [values: TypedArray, scales: Float32Array] {
   return precision === 'int8' ? quantizeInt8(weight, int8Parts(name, weight.shape[0]!)) : quantizeInt4(weight);
 }
 
@@ -175,7 +185,10 @@ function quantizeInt4({ shape, data }: FloatTensor): [Uint8Array, Float32Array] 
   for (let block = 0; block < scales.length; block++) {
     const start = block * INT4_BLOCK;
     let peak = 0;
-    for (let i = start; i < start + INT4_BLOCK; i++) if (Math.abs(data[i]!) > Math.abs(peak)) peak = data[i]!;
+    for (let i = start; i < start + INT4_BLOCK; i++) {
+      // What is not a number stays the peak, so that the scale tells of it.
+      if (!(Math.abs(data[i]!) <= Math.abs(peak) || Number.isNaN(peak))) peak = data[i]!;
+    }
     const scale = peak / -INT4_ZERO;
     const factor = scale === 0 ? 0 : 1 / scale;
     const nibble = (i: number) => Math.min(Math.max(Math.round(data[i]! * factor) + INT4_ZERO, 0), 2 * INT4_ZERO - 1);

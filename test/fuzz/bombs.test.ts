@@ -41,14 +41,11 @@ function weights(bytes: Uint8Array, read: (source: ReturnType<typeof countedSour
 
 describe('weights', () => {
   const headers: [string, string][] = [
-    ['a million objects', `{"a":[${repeated(1_000_000, () => '{}')}]}`],
-    ['a million lists', `{"a":[${repeated(1_000_000, () => '[]')}]}`],
-    ['a million members', `{${repeated(1_000_000, (i) => `"${i}":0`)}}`],
-    [
-      'a million wrong sizes',
-      `{"a":{"dtype":"F32","shape":[${repeated(1_000_000, () => '""')}],"data_offsets":[0,0]}}`,
-    ],
-    ['700,000 wrong texts', `{"__metadata__":{${repeated(700_000, (i) => `"${i}":0`)}}}`],
+    ['1,000,000 objects', `{"a":[${repeated(1_000_000, () => '{}')}]}`],
+    ['1,000,000 lists', `{"a":[${repeated(1_000_000, () => '[]')}]}`],
+    ['1,000,000 members', `{${repeated(1_000_000, (i) => `"${i}":0`)}}`],
+    ['500,000 wrong sizes', `{"a":{"dtype":"F32","shape":[${repeated(500_000, () => '""')}],"data_offsets":[0,0]}}`],
+    ['500,000 wrong texts', `{"__metadata__":{${repeated(500_000, (i) => `"${i}":0`)}}}`],
     ['a text that does not end', `{"${'a'.repeat(1_000_000)}`],
     ['lists in lists', '['.repeat(1_000_000)],
   ];
@@ -133,8 +130,8 @@ describe('weights', () => {
 const folder = mkdtempSync(join(tmpdir(), 'mmditx-bombs-'));
 afterAll(() => rmSync(folder, { recursive: true }));
 
-test('an index of a million wrong names', async () => {
-  const text = `{"weight_map":{${repeated(1_000_000, (i) => `"${i}":0`)}}}`;
+test('an index of 500,000 wrong names', async () => {
+  const text = `{"weight_map":{${repeated(500_000, (i) => `"${i}":0`)}}}`;
   writeFileSync(join(folder, 'model.safetensors.index.json'), text);
   expect(await isRefused({ size: text.length, read: () => modelFiles(folder) })).toBe(true);
 });
@@ -200,9 +197,9 @@ describe('pictures', () => {
   });
 
   test.each([
-    ['layers', repeated(1_000_000, () => '{}')],
-    ['numbers', repeated(1_000_000, () => '1e999')],
-  ])('settings of a million wrong %s', async (_, list) => {
+    ['layers', repeated(500_000, () => '{}')],
+    ['numbers', repeated(500_000, () => '1e999')],
+  ])('settings of 500,000 wrong %s', async (_, list) => {
     const text = `{"version":1,"skipLayerGuidance":{"layers":[${list}]},"loras":[${list}]}`;
     expect(await isRefused({ size: text.length, read: () => parseSettings(text) })).toBe(true);
   });
@@ -233,11 +230,11 @@ describe('a tokenizer.json', () => {
     ['with an expression that takes for ever', () => steps([replace({ Regex: '(a+)+$' }, '')])],
     ['that makes a text longer at each step', () => steps(Array(16).fill(replace({ String: 'a' }, 'a'.repeat(30))))],
     ['that replaces nothing', () => steps([replace({ String: '' }, 'a')])],
-    ['of a million steps', () => steps(Array(1_000_000).fill({ type: 'NFC' }))],
+    ['of 300,000 steps', () => steps(Array(300_000).fill({ type: 'NFC' }))],
     ['with pieces of no length', () => encoded({ ...clip, pre_tokenizer: { type: 'FixedLength', length: 0 } })],
     ['with a token like a list', () => encoded({ ...clip, added_tokens: [{ id: 1, content: { length: 2 ** 32 } }] })],
     ['with a vocabulary like a list', () => model({ type: 'Unigram', unk_id: 0, vocab: { length: 2 ** 32 - 1 } })],
-    ['with a million wrong ids', () => model({ vocab: ids(1_000_000, '') })],
+    ['with 500,000 wrong ids', () => model({ vocab: ids(500_000, '') })],
     ['with ids beyond integers', () => model({ vocab: ids(600, 2 ** 40) })],
     ['with an unknown token that is unknown', () => model({ unk_token: 'nonsense' })],
   ])('%s', async (_, tokenizer) => {
@@ -251,8 +248,8 @@ describe('a tokenizer.json', () => {
     }
   });
 
-  test('from a vocabulary of a million wrong ids', async () => {
-    const vocabulary = `{${repeated(1_000_000, (i) => `"${i}":""`)}}`;
+  test('from a vocabulary of 500,000 wrong ids', async () => {
+    const vocabulary = `{${repeated(500_000, (i) => `"${i}":""`)}}`;
     expect(await isRefused({ size: vocabulary.length, read: () => clipTokenizerJson(vocabulary, '') })).toBe(true);
   });
 });
