@@ -50,12 +50,25 @@ export function optionsFromPicture(picture: PictureSettings): Partial<GenerateOp
     const { fields, ...understood } = picture.settings;
     return understood;
   }
-  const { batch, initImage, skipLayerGuidance, mask, model, device, precision, loras, software, version, ...same } =
-    picture.settings;
+  const {
+    batch,
+    initImage,
+    skipLayerGuidance,
+    stepCache,
+    mask,
+    model,
+    device,
+    precision,
+    loras,
+    software,
+    version,
+    ...same
+  } = picture.settings;
   return {
     ...same,
     batchSize: batch.size,
     skipLayerGuidance: skipLayerGuidance ?? false,
+    stepCache: stepCache ?? false,
     ...defined({ strength: initImage?.strength, denoiseRule: initImage?.denoiseRule }),
   };
 }

@@ -53,6 +53,8 @@ interface GenerateFlags extends SamplingFlags, DeviceFlags, PrecisionFlags {
   readonly batch?: number;
   /** `true` without layers, `false` for `--no-slg`. */
   readonly slg?: boolean | readonly number[];
+  /** `true` without a threshold, `false` for `--no-step-cache`. */
+  readonly stepCache?: boolean | number;
   readonly initImage?: string;
   readonly mask?: string;
   readonly strength?: number;
@@ -90,7 +92,13 @@ export function addGenerate(program: Command, context: Context): void {
     .option('-b, --batch <count>', 'pictures made at once (default: 1)', wholeNumber)
     .optionsGroup('Sampling:')
     .option('--slg [layers]', 'skip-layer guidance, with other layers than the default ones as in --slg 7,8', layers)
-    .option('--no-slg', 'none, where --from would have some');
+    .option('--no-slg', 'none, where --from would have some')
+    .option(
+      '--step-cache [threshold]',
+      'reuse work of earlier steps: faster, not quite the same picture; 0 to 1 (default: off; without a number: 0.1)',
+      decimal,
+    )
+    .option('--no-step-cache', 'none, where --from would have one');
   addSamplingOptions(command)
     .optionsGroup('From pictures:')
     .option('-i, --init-image <file>', 'picture to redraw, scaled and cut to the size')
@@ -242,7 +250,7 @@ async function readLoras(
 }
 
 function optionsFromFlags(prompt: string | undefined, flags: GenerateFlags, base: Partial<GenerateOptions>) {
-  const { steps, cfg, sampler, scheduler, shift, strength, denoiseRule, promptSyntax, longPrompt } = flags;
+  const { steps, cfg, sampler, scheduler, shift, stepCache, strength, denoiseRule, promptSyntax, longPrompt } = flags;
   return defined({
     prompt,
     negativePrompt: flags.negative,
@@ -250,7 +258,7 @@ function optionsFromFlags(prompt: string | undefined, flags: GenerateFlags, base
     batchSize: flags.batch,
     t5Tokens: flags.t5Tokens === undefined ? undefined : { length: flags.t5Tokens },
     skipLayerGuidance: skipLayerGuidance(flags, base.skipLayerGuidance),
-    ...{ steps, cfg, sampler, scheduler, shift, strength, denoiseRule, promptSyntax, longPrompt },
+    ...{ steps, cfg, sampler, scheduler, shift, stepCache, strength, denoiseRule, promptSyntax, longPrompt },
   });
 }
 

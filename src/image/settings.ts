@@ -82,6 +82,9 @@ const settingsSchema = z.object({
     })
     .nullable(),
 
+  /** Threshold of the step cache; null without one. */
+  stepCache: share.nullable().default(null),
+
   /** LoRAs given beside the prompt; those that it names stay in it. */
   loras: shortList(z.object({ name: z.string(), strength: z.number(), clipStrength: z.number() }), MAX_LORAS).default(
     [],
@@ -187,6 +190,7 @@ export function formatParameters(settings: GenerationSettings): string {
       ['Skip layer rule', skip.rule],
     );
   }
+  if (settings.stepCache !== null) fields.push(['Step cache', settings.stepCache]);
   fields.push(['Version', settings.software]);
   const negative = negativePrompt === '' ? [] : [`${NEGATIVE_PROMPT} ${negativePrompt}`];
   const line = fields.map(([name, value]) => `${name}: ${quoteField(String(value))}`).join(', ');
@@ -216,6 +220,7 @@ export interface Parameters {
   readonly seed?: number | bigint;
   readonly strength?: number;
   readonly skipLayerGuidance?: NonNullable<GenerationSettings['skipLayerGuidance']>;
+  readonly stepCache?: number;
   /** Every field as it was written, unquoted: also those above. */
   readonly fields: ReadonlyMap<string, string>;
 }
@@ -249,6 +254,7 @@ export function parseParameters(text: string): Parameters {
     seed: read('Seed', seed),
     strength: read('Denoising strength', number.pipe(share)),
     skipLayerGuidance: readSkipLayers(fields, number),
+    stepCache: read('Step cache', number.pipe(share)),
   });
   return {
     prompt: prompts.join('\n').trimEnd(),

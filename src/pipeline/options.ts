@@ -3,6 +3,7 @@
 import { MmditxError } from '../errors.ts';
 import type { RgbImage } from '../image/image.ts';
 import { type TransformerConfig, type VaeConfig, vaeDownscale } from '../models/config.ts';
+import { DEFAULT_CACHE_THRESHOLD, requireCacheThreshold } from '../models/step-cache.ts';
 import type { SkipLayerGuidance } from '../sampling/guidance.ts';
 import { type SamplerName, samplerNames } from '../sampling/samplers.ts';
 import { type DenoiseRule, MAX_STEPS, type ScheduleName, scheduleNames } from '../sampling/schedules.ts';
@@ -36,6 +37,11 @@ export interface GenerateOptions {
   batchSize?: number;
   /** Skip-layer guidance: `true` for the official settings, or those to change (default off, as in the references). */
   skipLayerGuidance?: boolean | Partial<SkipLayerGuidance>;
+  /**
+   * Reuses the work of earlier steps where the first block tells that little has changed: faster, and not quite the
+   * same picture. `true` for a threshold of 0.1, or one from 0 (off) to 1 (default off).
+   */
+  stepCache?: boolean | number;
   /** LoRAs with their strengths (default none), besides those that the prompt names as in `<lora:name:0.8>`. */
   loras?: readonly LoraUse[];
   /** Picture to start from, of the size asked for. */
@@ -63,8 +69,10 @@ export interface GenerateOptions {
 
 /** Options with everything decided. */
 export interface CompleteOptions
-  extends Required<Omit<GenerateOptions, 'skipLayerGuidance' | 'initImage' | 'mask' | 'signal'>> {
+  extends Required<Omit<GenerateOptions, 'skipLayerGuidance' | 'stepCache' | 'initImage' | 'mask' | 'signal'>> {
   skipLayerGuidance: SkipLayerGuidance | undefined;
+  /** Threshold; 0 for none. */
+  stepCache: number;
   initImage: RgbImage | undefined;
   mask: FloatTensor | undefined;
   signal: AbortSignal | undefined;
@@ -103,6 +111,7 @@ export function completeOptions(options: GenerateOptions, model: ModelFacts): Co
     seed: options.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]!,
     batchSize: options.batchSize ?? 1,
     skipLayerGuidance: guidance ? { ...defaults.skipLayer, ...definedMembers(guidance) } : undefined,
+    stepCache: options.stepCache === true ? DEFAULT_CACHE_THRESHOLD : Number(options.stepCache ?? 0),
     loras: options.loras ?? [],
     initImage,
     strength: options.strength ?? (initImage ? defaults.denoise : 1),
@@ -136,6 +145,7 @@ export function completeOptions(options: GenerateOptions, model: ModelFacts): Co
   require(wholeSeed && seed >= 0 && seed <= MAX_SEED, `The seed is ${seed}; give a whole number from 0 to 2^64 - 1.`);
   require(strength > 0 && strength <= 1, `The strength is ${strength}; it must be above 0 and at most 1.`);
   checkGuidance(complete.skipLayerGuidance, model.transformer);
+  requireCacheThreshold(complete.stepCache);
   const { denoiseRule, longPrompt, promptSyntax, missingT5 } = complete;
   requireOneOf('denoise rule', denoiseRule, ['stability', 'comfyui', 'diffusers']);
   requireOneOf('way with long prompts', longPrompt, ['chunk', 'truncate']);

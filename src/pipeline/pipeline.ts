@@ -8,6 +8,7 @@ import { type GenerationSettings, settingsText } from '../image/settings.ts';
 import { type Autoencoder, latentOf, loadAutoencoder } from '../models/autoencoder.ts';
 import type { NetworkOptions } from '../models/bind.ts';
 import { T5_DEFAULT_TOKENS, vaeDownscale } from '../models/config.ts';
+import { createStepCache, type StepCache } from '../models/step-cache.ts';
 import { type ClipEncoder, loadClip, loadT5, type T5Encoder } from '../models/text-encoders.ts';
 import { loadTransformer, type Transformer } from '../models/transformer.ts';
 import type { Runtime } from '../runtime/runtime.ts';
@@ -327,8 +328,11 @@ async function* sample(
       `A strength of ${strength} leaves none of ${steps} steps to run; raise either.`,
     );
   }
+  const cache = options.stepCache
+    ? createStepCache({ threshold: options.stepCache, lastTimestep: timestep(sigmas.at(-2)!) })
+    : undefined;
   const guided = guidedDenoiser({
-    velocity: velocityModel(networks.transformer, positive, negative),
+    velocity: velocityModel(networks.transformer, positive, negative, cache),
     shape,
     cfg: options.cfg,
     steps,
@@ -343,8 +347,16 @@ async function* sample(
   yield* samplers[options.sampler](denoise, start, sigmas, { noise: drawn, shift, ...(signal && { signal }) });
 }
 
-/** The transformer as guidance asks for it. */
-export function velocityModel(transformer: Transformer, positive: Conditioning, negative: Conditioning): VelocityModel {
+/**
+ * The transformer as guidance asks for it.
+ * @param cache of this sampling run alone
+ */
+export function velocityModel(
+  transformer: Transformer,
+  positive: Conditioning,
+  negative: Conditioning,
+  cache?: StepCache,
+): VelocityModel {
   return ({ latent, sigma, passes, skipLayers, signal }) => {
     const of: Record<Pass, Conditioning & { skipLayers?: readonly number[] }> = {
       positive,
@@ -356,7 +368,7 @@ export function velocityModel(transformer: Transformer, positive: Conditioning, 
       latent,
       timesteps,
       passes.map((pass) => of[pass]),
-      { signal },
+      { signal, cache },
     );
   };
 }
@@ -436,6 +448,7 @@ async function pictures(
     skipLayerGuidance: options.skipLayerGuidance
       ? { ...options.skipLayerGuidance, layers: [...options.skipLayerGuidance.layers] }
       : null,
+    stepCache: options.stepCache || null,
     initImage: initImage
       ? { sha256: await imageHash(initImage), strength: options.strength, denoiseRule: options.denoiseRule }
       : null,

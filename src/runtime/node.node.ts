@@ -85,6 +85,8 @@ function sessionOptions(
     ...(compile.profile ? { enableProfiling: true, profileFilePrefix: compile.profile } : {}),
     extra: {
       session: {
+        // Each session has threads of its own: those of one that has run would keep the processors from the next.
+        force_spinning_stop: '1',
         ...(folder && { model_external_initializers_file_folder_path: folder }),
         ...(compile.packWeights === false && { disable_prepacking: '1' }),
       },

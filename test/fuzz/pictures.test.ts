@@ -43,6 +43,7 @@ const settings: GenerationSettings = {
   seed: 2n ** 63n,
   batch: { index: 1, size: 4 },
   skipLayerGuidance: { layers: [7, 8, 9], scale: 2.5, start: 0.01, end: 0.2, rule: 'steps' },
+  stepCache: 0.1,
   loras: [{ name: 'ink', strength: 0.5, clipStrength: 1 }],
   initImage: { sha256: 'ab'.repeat(32), strength: 0.6, denoiseRule: 'stability' },
   mask: { sha256: 'cd'.repeat(32), channel: 'luminance' },

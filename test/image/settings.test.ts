@@ -34,6 +34,7 @@ const settings: GenerationSettings = {
   batch: { index: 1, size: 4 },
   loras: [],
   skipLayerGuidance: { layers: [7, 8, 9], scale: 2.5, start: 0.01, end: 0.2, rule: 'steps' },
+  stepCache: 0.1,
   initImage: { sha256: 'ab'.repeat(32), strength: 0.6, denoiseRule: 'stability' },
   mask: { sha256: 'cd'.repeat(32), channel: 'luminance' },
 };
@@ -44,6 +45,7 @@ const plain: GenerationSettings = {
   negativePrompt: '',
   batch: { index: 0, size: 1 },
   skipLayerGuidance: null,
+  stepCache: null,
   initImage: null,
   mask: null,
 };
@@ -101,7 +103,7 @@ describe('the parameters text', () => {
         'Steps: 28, Sampler: DPM++ 2M, Schedule type: SGM Uniform, CFG scale: 4.5, Seed: 42, Size: 512x768, ' +
         'Model: sd3.5_medium, Shift: 3, Denoising strength: 0.6, Batch size: 4, Batch pos: 1, ' +
         'Skip layers: "7, 8, 9", Skip layer scale: 2.5, Skip layer start: 0.01, Skip layer end: 0.2, ' +
-        'Skip layer rule: steps, Version: mmditx 0.1.0',
+        'Skip layer rule: steps, Step cache: 0.1, Version: mmditx 0.1.0',
     );
   });
 
@@ -111,6 +113,7 @@ describe('the parameters text', () => {
     expect(read).toMatchObject({ prompt, negativePrompt, width, height, steps, cfg, sampler, scheduler, shift, seed });
     expect(read.skipLayerGuidance).toEqual(settings.skipLayerGuidance);
     expect(read.strength).toBe(0.6);
+    expect(read.stepCache).toBe(0.1);
     expect(read.fields.get('Skip layers')).toBe('7, 8, 9');
   });
 

@@ -59,6 +59,15 @@ describe('generate', () => {
     expect(await pixels(changed)).not.toEqual(await pixels());
   });
 
+  it('reuses steps with a step cache, says so in the settings, and computes everything with a threshold of 0', async () => {
+    const steps = 12;
+    const [cached] = await sd.generate({ ...options, steps, stepCache: true });
+    expect(cached!.settings.stepCache).toBe(0.1);
+    expect(await pixels({ steps, stepCache: 1 })).not.toEqual(await pixels({ steps }));
+    expect(await pixels({ steps, stepCache: 0 })).toEqual(await pixels({ steps }));
+    await expect(sd.generate({ ...options, stepCache: 1.5 })).rejects.toThrow(/threshold of the step cache is 1.5/);
+  });
+
   it('draws any size in multiples of 16, portrait and landscape, with the same sessions', async () => {
     for (const [width, height] of [
       [16, 48],
