@@ -13,6 +13,9 @@ const SIGNATURE = Uint8Array.of(0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a);
 const CHUNK_OVERHEAD = 12;
 const HEADER_CHUNK_BYTES = CHUNK_OVERHEAD + 13;
 
+/** 256 colours of three bytes (11.2.2). */
+const MAX_PALETTE_BYTES = 768;
+
 /** The longest keyword (11.3.3.1). */
 const MAX_KEYWORD = 79;
 
@@ -80,6 +83,7 @@ export function decodePng(
   const wanted = header.isIndexed ? ['PLTE', 'tRNS', 'IDAT', 'IEND'] : ['tRNS', 'IDAT', 'IEND'];
   const picture = chunks.filter(({ type }, i) => i === 0 || wanted.includes(type));
   for (const chunk of picture) if (!isIntact(bytes, chunk)) throw damaged();
+  checkPalette(picture);
   // In one piece, as each costs fast-png a copy of what was inflated last.
   const pixels = concatenate(picture.filter(({ type }) => type === 'IDAT').map((chunk) => dataOf(bytes, chunk)));
   const needed = rawSize(header);
@@ -115,6 +119,17 @@ export function pngText(bytes: Uint8Array): Map<string, string> {
     texts.set(keyword, text);
   }
   return texts;
+}
+
+/** fast-png makes an object of each colour, and adds up the opacities of several lists. */
+function checkPalette(chunks: readonly Chunk[]): void {
+  for (const type of ['PLTE', 'tRNS']) {
+    if (chunks.filter((chunk) => chunk.type === type).length > 1) throw badPng(`has more than one ${type} chunk`);
+  }
+  const palette = chunks.find(({ type }) => type === 'PLTE');
+  if (palette && palette.end - palette.start > CHUNK_OVERHEAD + MAX_PALETTE_BYTES) {
+    throw badPng('has a palette of more than 256 colours');
+  }
 }
 
 interface Chunk {

@@ -6,7 +6,7 @@ import { z } from 'zod';
 import { MmditxError } from '../errors.ts';
 import { type SamplerName, samplerNames } from '../sampling/samplers.ts';
 import { MAX_STEPS, type ScheduleName, scheduleNames } from '../sampling/schedules.ts';
-import { isCount, listOf, shortList } from '../weights/json.ts';
+import { isCount, listOf, parseJson, shortList } from '../weights/json.ts';
 import { pngText } from './png.ts';
 
 /** PNG keywords of the two texts. */
@@ -112,12 +112,11 @@ export function formatSettings(settings: GenerationSettings): string {
  * @throws MmditxError `bad-file` for anything else, or for settings of a newer version
  */
 export function parseSettings(text: string): GenerationSettings {
-  let value: unknown;
-  try {
-    value = JSON.parse(text);
-  } catch {
-    throw new MmditxError('bad-file', "The picture's settings are not JSON; give the settings as options instead.");
-  }
+  const value = parseJson(
+    text,
+    (fault) =>
+      new MmditxError('bad-file', `The text of the picture's settings ${fault}; give the settings as options instead.`),
+  );
   const version = z.object({ version: z.int().gt(SETTINGS_VERSION) }).safeParse(value);
   if (version.success) {
     throw new MmditxError(

@@ -31,14 +31,14 @@ export interface LowRankChange {
 }
 
 /** How a network is loaded. */
-export interface NetworkOptions extends Pick<CompileOptions, 'expandWeights' | 'packWeights'> {
+export interface NetworkOptions extends Pick<CompileOptions, 'expandWeights' | 'packWeights' | 'keepBuffers'> {
   /** Whole files by name, where the checkpoint's sources have no path (in a browser). */
   readonly bytes?: ReadonlyMap<string, Uint8Array> | undefined;
   /** Changes of weights by name. */
   readonly changes?: ReadonlyMap<string, LowRankChange> | undefined;
 }
 
-export interface BoundWeights extends Pick<CompileOptions, 'bind' | 'files' | 'expandWeights' | 'packWeights'> {
+export interface BoundWeights extends CompileOptions {
   readonly weights: Weights;
   /** The files that the weights lie in. */
   readonly sources: readonly ByteSource[];

@@ -78,6 +78,7 @@ function sessionOptions(
   return {
     executionProviders: device === 'cpu' ? ['cpu'] : [device === 'webgpu' ? webgpuProvider(lookups) : device, 'cpu'],
     graphOptimizationLevel: 'all',
+    ...(compile.keepBuffers === false && { enableCpuMemArena: false }),
     intraOpNumThreads: threads,
     interOpNumThreads: 1,
     logSeverityLevel: 3,

@@ -73,6 +73,11 @@ export interface CompileOptions {
    * take them from where they are mapped: better for a program that runs once, or where memory is short.
    */
   packWeights?: boolean | undefined;
+  /**
+   * Whether the memory of intermediate results is kept for the next run (default), or given back at once: slower by about
+   * a tenth, and less where several programs follow each other.
+   */
+  keepBuffers?: boolean | undefined;
   /** Writes ONNX Runtime's profile (JSON) to a file that starts with this, when the executable is disposed of. */
   profile?: string;
 }

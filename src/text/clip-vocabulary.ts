@@ -4,7 +4,7 @@
  * every CLIP and stands here, as in the `tokenizer.json` published with CLIP (openai/clip-vit-large-patch14).
  */
 import { MmditxError } from '../errors.ts';
-import { isCount, recordOf } from '../weights/json.ts';
+import { isCount, parseJson, recordOf } from '../weights/json.ts';
 import { quote } from '../weights/quote.ts';
 
 export const CLIP_START = '<|startoftext|>';
@@ -89,12 +89,7 @@ export function clipLayout({ start, end }: { readonly start: number; readonly en
 }
 
 function parseVocabulary(text: string): Map<string, number> {
-  let json: unknown;
-  try {
-    json = JSON.parse(text);
-  } catch (cause) {
-    throw unusable('vocab.json', 'it is not JSON', cause);
-  }
+  const json = parseJson(text, (fault) => unusable('vocab.json', `it ${fault}`));
   const parsed = vocabularySchema.safeParse(json);
   if (!parsed.success) throw unusable('vocab.json', 'it must give each token an id');
   const vocab = new Map(Object.entries(parsed.data));
@@ -120,6 +115,6 @@ function parseMerges(text: string, vocab: ReadonlyMap<string, number>): string[]
   return lines;
 }
 
-function unusable(file: string, reason: string, cause?: unknown): MmditxError {
-  return new MmditxError('bad-file', `CLIP's ${file} cannot be used: ${reason}; download it again.`, { cause });
+function unusable(file: string, reason: string): MmditxError {
+  return new MmditxError('bad-file', `CLIP's ${file} cannot be used: ${reason}; download it again.`);
 }

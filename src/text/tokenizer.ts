@@ -1,6 +1,7 @@
 /** Text to token ids, with the vocabularies that models bring along as `tokenizer.json`. */
 import { Tokenizer } from '@huggingface/tokenizers';
 import { MmditxError } from '../errors.ts';
+import { parseJson } from '../weights/json.ts';
 import { tokenizerSchema } from './tokenizer-file.ts';
 
 /** Byte-level BPE of CLIP-L and CLIP-G. What follows the end token is padding, which differs between the two encoders. */
@@ -56,13 +57,7 @@ function encodeBare(tokenizer: Tokenizer, text: string): number[] {
 }
 
 function readTokenizer(json: string, encoder: string): Tokenizer {
-  let value: unknown;
-  try {
-    value = JSON.parse(json);
-  } catch (cause) {
-    throw notATokenizer(encoder, 'it is not JSON', cause);
-  }
-  const parsed = tokenizerSchema.safeParse(value);
+  const parsed = tokenizerSchema.safeParse(parseJson(json, (fault) => notATokenizer(encoder, `it ${fault}`)));
   if (!parsed.success) {
     const issue = parsed.error.issues[0];
     throw notATokenizer(encoder, `it is wrong at "${issue?.path.join('.')}" (${issue?.message})`);
@@ -71,6 +66,6 @@ function readTokenizer(json: string, encoder: string): Tokenizer {
   return new Tokenizer(parsed.data, {});
 }
 
-function notATokenizer(encoder: string, reason: string, cause?: unknown): MmditxError {
-  return new MmditxError('bad-file', `The tokenizer.json for ${encoder} cannot be used: ${reason}.`, { cause });
+function notATokenizer(encoder: string, reason: string): MmditxError {
+  return new MmditxError('bad-file', `The tokenizer.json for ${encoder} cannot be used: ${reason}.`);
 }

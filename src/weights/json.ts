@@ -1,8 +1,21 @@
 /**
- * Schemas for long lists in JSON from outside. zod notes each wrong value, at hundreds of bytes, so that a file of some
- * megabytes would ask for gigabytes; these stop at the first.
+ * JSON from outside, read with memory in proportion to it. Long lists have schemas of their own here, as zod notes each
+ * wrong value at hundreds of bytes, so that a file of some megabytes would ask for gigabytes; these stop at the first.
  */
 import { z } from 'zod';
+
+/** Parsed, JSON can take twenty times its length. The longest that is read is a tokenizer of 4 MB. */
+const MAX_LENGTH = 2 ** 24;
+
+/** The value of a JSON text; `refuse` makes the error from a clause such as `is not JSON`. */
+export function parseJson(text: string, refuse: (fault: string) => Error): unknown {
+  if (text.length > MAX_LENGTH) throw refuse(`is longer than ${MAX_LENGTH} characters`);
+  try {
+    return JSON.parse(text);
+  } catch {
+    throw refuse('is not JSON');
+  }
+}
 
 /** An object whose values all pass a check. */
 export function recordOf<T>(is: (value: unknown) => value is T) {

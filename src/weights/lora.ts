@@ -8,7 +8,7 @@ import { MmditxError } from '../errors.ts';
 import { type DType, elementCount, type FloatTensor, floats, toFloat32 } from '../tensor/data.ts';
 import { partTitles } from './checkpoint.ts';
 import type { TensorShapes } from './expected.ts';
-import { isFiniteNumber } from './json.ts';
+import { isFiniteNumber, parseJson } from './json.ts';
 import {
   foreignLora,
   type LoraPart,
@@ -259,13 +259,7 @@ function readAlphas({ source, metadata }: SafetensorsFile): Map<LoraPart, AlphaR
       'bad-file',
       `The metadata entry ${ADAPTER_METADATA_KEY} of ${source.name} ${found}; save the file again or remove the entry.`,
     );
-  let entries: unknown;
-  try {
-    entries = JSON.parse(text);
-  } catch {
-    throw refuse('is not JSON');
-  }
-  const members = z.record(z.string(), z.unknown()).safeParse(entries);
+  const members = z.record(z.string(), z.unknown()).safeParse(parseJson(text, refuse));
   if (!members.success) throw refuse('is not a JSON object');
   for (const [part, prefix] of Object.entries(metadataPrefixes) as [LoraPart, string][]) {
     const member = (name: keyof z.infer<typeof adapterSchema>) => members.data[`${prefix}.${name}`];

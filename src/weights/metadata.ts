@@ -11,6 +11,7 @@
 import { z } from 'zod';
 import { MmditxError } from '../errors.ts';
 import type { ClipConfig, T5Config, TransformerConfig, VaeConfig } from '../models/config.ts';
+import { parseJson } from './json.ts';
 
 const count = z.int().positive();
 const token = z.int().nonnegative();
@@ -48,21 +49,16 @@ export function readHints(metadata: Readonly<Record<string, string>>, file: stri
   const read = <T>(key: string, schema: z.ZodType<T>): T | undefined => {
     const text = metadata[key];
     if (text === undefined) return undefined;
-    const remedy = 'save the file again or remove the entry';
-    let value: unknown;
-    try {
-      value = JSON.parse(text);
-    } catch {
-      throw new MmditxError('bad-file', `The metadata entry ${key} of ${file} is not JSON; ${remedy}.`);
-    }
-    const parsed = schema.safeParse(value);
+    const refuse = (fault: string) =>
+      new MmditxError(
+        'bad-file',
+        `The metadata entry ${key} of ${file} ${fault}; save the file again or remove the entry.`,
+      );
+    const parsed = schema.safeParse(parseJson(text, refuse));
     if (parsed.success) return parsed.data;
     const issue = parsed.error.issues[0];
     const where = issue?.path.length ? ` at ${issue.path.join('.')}` : '';
-    throw new MmditxError(
-      'bad-file',
-      `The metadata entry ${key} of ${file} is wrong${where} (${issue?.message ?? 'unknown'}); ${remedy}.`,
-    );
+    throw refuse(`is wrong${where} (${issue?.message ?? 'unknown'})`);
   };
 
   const own = read(CONFIG_KEY, hintsSchema);

@@ -171,6 +171,10 @@ describe('pictures', () => {
     ['of 2^26 pixels in few bytes', () => decode([sized(2 ** 13, 2 ** 13), pixels, end])],
     ['of 2^22 rows', () => decode([sized(1, 2 ** 22, 8, 0), idat(Buffer.alloc(2 ** 23)), end])],
     ['whose pixels unpack to 64 MiB', () => decode([header, idat(Buffer.alloc(2 ** 26)), end])],
+    [
+      'of a million colours',
+      () => decode([sized(8, 8, 8, 3), { type: 'PLTE', data: Buffer.alloc(3_000_000) }, pixels, end]),
+    ],
     ['of 300,000 empty chunks', () => decode([header], copies(300_000, { type: 'abcd', data: empty }), [pixels, end])],
   ])('a picture %s', async (_, picture) => {
     expect(await isRefused(picture())).toBe(true);

@@ -21,7 +21,7 @@ const SEED = Number(variable('FUZZ_SEED') ?? 1);
 const PATH = variable('FUZZ_PATH');
 
 /** Of the processor, so that a busy machine makes no difference. A case takes a millisecond or two. */
-const MAX_CASE_MS = 2000;
+const MAX_CASE_MS = 3000;
 /** When the process is ended: after this time in one case, or with this much memory, looked at so often. */
 const HANG_MS = 30_000;
 const MAX_PROCESS_BYTES = 2 ** 31;
