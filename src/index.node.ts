@@ -119,7 +119,7 @@ export async function load(
       precision: choice.precision,
       release: options.release ?? choice.release,
       ...(loraFolder !== undefined && {
-        findLora: (name: string) => readLora(join(loraFolder, `${name}.safetensors`)),
+        findLora: lorasIn(loraFolder),
       }),
     });
     return { ...pipeline, dispose: async () => void (await Promise.all([pipeline.dispose(), close()])) };
@@ -127,6 +127,17 @@ export async function load(
     await close();
     throw error;
   }
+}
+
+/** Finds LoRAs by name in a folder, and reads each once. */
+function lorasIn(folder: string): (name: string) => Promise<Lora> {
+  const read = new Map<string, Promise<Lora>>();
+  return (name) => {
+    const known = read.get(name) ?? readLora(join(folder, `${name}.safetensors`));
+    read.set(name, known);
+    known.catch(() => read.delete(name));
+    return known;
+  };
 }
 
 /** Bytes of memory that can be had without taking them from others; containers may have less than their machine. */

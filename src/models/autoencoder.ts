@@ -6,6 +6,7 @@
 
 import { MmditxError } from '../errors.ts';
 import type { RunOptions, Runtime } from '../runtime/runtime.ts';
+import { oneAtATime } from '../runtime/turns.ts';
 import { elementCount, type FloatTensor, floats, type Tensor, type TensorData } from '../tensor/index.ts';
 import type { PartWeights } from '../weights/checkpoint.ts';
 import { batchItems, joinBatches } from './batches.ts';
@@ -76,77 +77,67 @@ export function loadAutoencoder(
 ): Autoencoder {
   const { config } = part;
   const programs = new Map<string, Lazy>();
-  /**
-   * Runs a program, which is recorded and compiled when it is first asked for. Those for tiles follow each other: kept,
-   * the buffers of all of them would add up.
-   */
-  const run = async (
-    name: string,
-    record: (weights: Weights) => Tensor,
-    inputs: Readonly<Record<string, TensorData>>,
-    { keepBuffers = false, ...options }: RunOptions & { keepBuffers?: boolean },
-  ): Promise<FloatTensor> => {
-    let program = programs.get(name);
-    if (!program) {
-      program = lazily(() => {
-        const bound = bindWeights(part, { bytes, keepBuffers });
+  // Work in tiles gives programs back that other such work may be about to run, and takes as much memory as is allowed.
+  const inTurn = oneAtATime();
+
+  /** A program, which is recorded and compiled when it is first run. */
+  const program = (name: string, record: (weights: Weights) => Tensor): Program => {
+    const known = programs.get(name);
+    const loaded =
+      known ??
+      lazily(() => {
+        const bound = bindWeights(part, { bytes });
         return compileBound(runtime, { outputs: { result: record(bound.weights) } }, bound);
       });
-      programs.set(name, program);
-    }
-    return (await (await program.get()).run(inputs, options)).result as FloatTensor;
+    if (!known) programs.set(name, loaded);
+    return {
+      run: async (inputs, options) => (await (await loaded.get()).run(inputs, options)).result as FloatTensor,
+      release: loaded.dispose,
+    };
+  };
+  const encoder = program('encode', (weights) => encodeMoments(config, weights, imageInput(config)));
+  const decoder = program('decode', (weights) => decode(config, weights, latentInput(config)));
+
+  const encodeInTiles = async (image: FloatTensor, { tile, level }: Plan, options: RunOptions) => {
+    const statistics = program(`encode statistics ${level}`, (weights) =>
+      encodeStatistics(config, weights, imageInput(config), level),
+    );
+    const fine = program(`encode fine ${level}`, (weights) =>
+      encodeFine(config, weights, imageInput(config), statisticsInput(config), level),
+    );
+    const coarse = program(`encode coarse ${level}`, (weights) =>
+      encodeCoarse(config, weights, encoderFeaturesInput(config, level), level),
+    );
+    const cut = { unit: vaeDownscale(config), signal: options.signal };
+    const shared = await thenRelease(statistics, async () => {
+      const measured: FloatTensor[] = [];
+      for (const { tile: piece } of tilesOf(image, { ...cut, tile: { ...tile, overlap: 0 } })) {
+        measured.push(await statistics.run({ image: piece }, options));
+      }
+      return pooledStatistics(measured);
+    });
+    const features = await inTiles(image, { ...cut, tile }, (piece) =>
+      fine.run({ image: piece, statistics: shared }, options),
+    );
+    return thenRelease(coarse, () => coarse.run({ features }, options));
   };
 
   const decodeInTiles = async (latent: FloatTensor, { tile, level, share }: Plan, options: RunOptions) => {
-    const features = await run(
-      `decodeCoarse ${level}`,
-      (weights) => decodeCoarse(config, weights, latentInput(config), level),
-      { latent },
-      options,
+    const coarse = program(`decode coarse ${level}`, (weights) =>
+      decodeCoarse(config, weights, latentInput(config), level),
     );
-    const statistics = await run(
-      `decodeStatistics ${level}`,
-      (weights) => decodeStatistics(config, weights, decoderSampleInput(config, level), level),
-      { sample: evenSample(features, share) },
-      options,
+    const statistics = program(`decode statistics ${level}`, (weights) =>
+      decodeStatistics(config, weights, decoderSampleInput(config, level), level),
     );
+    const fine = program(`decode fine ${level}`, (weights) =>
+      decodeFine(config, weights, decoderFeaturesInput(config, level), statisticsInput(config), level),
+    );
+    const features = await thenRelease(coarse, () => coarse.run({ latent }, options));
+    const sample = evenSample(features, share);
+    const shared = await thenRelease(statistics, () => statistics.run({ sample }, options));
     const unit = features.shape[3]! / latent.shape[3]!;
     return inTiles(features, { tile, unit, signal: options.signal }, (piece) =>
-      run(
-        `decodeFine ${level}`,
-        (weights) => decodeFine(config, weights, decoderFeaturesInput(config, level), statisticsInput(config), level),
-        { features: piece, statistics },
-        options,
-      ),
-    );
-  };
-
-  const encodeInTiles = async (image: FloatTensor, { tile, level }: Plan, options: RunOptions) => {
-    const unit = vaeDownscale(config);
-    const measured: FloatTensor[] = [];
-    for (const { tile: piece } of tilesOf(image, { tile: { ...tile, overlap: 0 }, unit, signal: options.signal })) {
-      const statistics = await run(
-        `encodeStatistics ${level}`,
-        (weights) => encodeStatistics(config, weights, imageInput(config), level),
-        { image: piece },
-        options,
-      );
-      measured.push(statistics);
-    }
-    const statistics = pooledStatistics(measured);
-    const features = await inTiles(image, { tile, unit, signal: options.signal }, (piece) =>
-      run(
-        `encodeFine ${level}`,
-        (weights) => encodeFine(config, weights, imageInput(config), statisticsInput(config), level),
-        { image: piece, statistics },
-        options,
-      ),
-    );
-    return run(
-      `encodeCoarse ${level}`,
-      (weights) => encodeCoarse(config, weights, encoderFeaturesInput(config, level), level),
-      { features },
-      options,
+      fine.run({ features: piece, statistics: shared }, options),
     );
   };
 
@@ -155,31 +146,33 @@ export function loadAutoencoder(
     async encode(image, { tile, ...options } = {}) {
       const [height, width] = image.shape.slice(2) as [number, number];
       const plan = planTiles(config, tile, height, width, 'encode');
-      if (plan) return eachItem(image, (item) => encodeInTiles(item, plan, options));
-      return run(
-        'encode',
-        (weights) => encodeMoments(config, weights, imageInput(config)),
-        { image },
-        { ...options, keepBuffers: true },
-      );
+      if (!plan) return encoder.run({ image }, options);
+      return inTurn(() => eachItem(image, (item) => encodeInTiles(item, plan, options)));
     },
     async decode(latent, { tile, ...options } = {}) {
       const [height, width] = latent.shape.slice(2).map((size) => size * vaeDownscale(config)) as [number, number];
       const plan = planTiles(config, tile, height, width, 'decode');
-      if (plan) return eachItem(latent, (item) => decodeInTiles(item, plan, options));
-      return run(
-        'decode',
-        (weights) => decode(config, weights, latentInput(config)),
-        { latent },
-        { ...options, keepBuffers: true },
-      );
+      if (!plan) return decoder.run({ latent }, options);
+      return inTurn(() => eachItem(latent, (item) => decodeInTiles(item, plan, options)));
     },
     async dispose() {
-      const loaded = [...programs.values()];
-      programs.clear();
-      await Promise.all(loaded.map((program) => program.dispose()));
+      await inTurn(() => Promise.all([...programs.values()].map((loaded) => loaded.dispose())));
     },
   };
+}
+
+interface Program {
+  run(inputs: Readonly<Record<string, TensorData>>, options: RunOptions): Promise<FloatTensor>;
+  /** Gives its memory back. */
+  release(): Promise<void>;
+}
+
+async function thenRelease<Result>(program: Program, work: () => Promise<Result>): Promise<Result> {
+  try {
+    return await work();
+  } finally {
+    await program.release();
+  }
 }
 
 /** How a picture is done in tiles. */
@@ -208,7 +201,9 @@ function planTiles(
   const tile = tiling === 'auto' ? DEFAULT_TILE : tiling;
   if (tile === 'off') return undefined;
   requireTile(tile, downscale);
-  if (top === 0 || Math.max(height, width) <= tile.size) return undefined;
+  // A picture that does not divide is refused where it is done at once.
+  const divides = height % downscale === 0 && width % downscale === 0;
+  if (top === 0 || !divides || Math.max(height, width) <= tile.size) return undefined;
   const channels = (level: number) => config.channels * config.multipliers[Math.min(level, top)]!;
   const largest = tile.size ** 2 * channels(1);
   // A level of the decoder starts with as many channels as the one above it has.

@@ -121,17 +121,25 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
       throw new MmditxError('missing-part', `There is no ${partTitles[part]} in ${files}; add the file that holds it.`);
     }
   }
-  let networks = loadNetworks(source, []);
-  let loras = '';
-  /** The networks with LoRAs; those with other LoRAs give their memory back. */
-  const networksWith = async (used: readonly LoraUse[]): Promise<Networks> => {
-    const key = JSON.stringify(used.map(({ lora, ...strengths }) => [lora.name, strengths]));
-    if (key !== loras) {
-      const changed = loadNetworks(source, used);
-      await disposeNetworks(networks);
-      [networks, loras] = [changed, key];
+  let current: LoadedNetworks = { networks: loadNetworks(source, []), loras: '', users: 0 };
+  const loaded = new Set([current]);
+  /** Networks give their memory back when others have taken their place and the last picture with them is done. */
+  const retire = async (old: LoadedNetworks) => {
+    if (old === current || old.users > 0) return;
+    loaded.delete(old);
+    await disposeNetworks(old.networks);
+  };
+  /** The networks with LoRAs, for one picture that counts as their user until it is done. */
+  const networksWith = async (used: readonly LoraUse[]): Promise<LoadedNetworks> => {
+    const loras = JSON.stringify(used.map(({ lora, ...strengths }) => [loraNumber(lora), strengths]));
+    if (loras !== current.loras) {
+      const old = current;
+      current = { networks: loadNetworks(source, used), loras, users: 0 };
+      loaded.add(current);
+      await retire(old);
     }
-    return networks;
+    current.users++;
+    return current;
   };
   const encoders = textEncoders(source);
   if (!encoders.clipL && !encoders.clipG && !encoders.t5) {
@@ -139,10 +147,10 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
   }
   const defaults = modelDefaults(parts.transformer!.metadata, parts.transformer!.file);
   const facts = {
-    transformer: networks.transformer.config,
-    vae: networks.vae.config,
+    transformer: parts.transformer!.config,
+    vae: parts.vae!.config,
     defaults,
-    t5Tokens: networks.t5?.config.tokens ?? 0,
+    t5Tokens: parts.t5?.config.tokens ?? 0,
   };
   const sizeUnit = vaeDownscale(facts.vae) * facts.transformer.patchSize;
   let previewFactors: PreviewFactors | undefined = storedPreviewFactors(parts.vae!.metadata, parts.vae!.file);
@@ -157,8 +165,21 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
     const complete = completeOptions(options, { ...facts, t5Tokens: facts.t5Tokens || 1 });
     const { prompts, used, warnings: ignored } = await promptLoras(complete, source.findLora);
     for (const message of ignored) yield { type: 'warning', message };
-    const networks = await networksWith(used);
     await Promise.all(checkpoint.files.map(({ source: file }) => file.requireUnchanged?.()));
+    const own = await networksWith(used);
+    try {
+      yield* drawWith(own.networks, complete, prompts);
+    } finally {
+      own.users--;
+      await retire(own);
+    }
+  }
+
+  async function* drawWith(
+    networks: Networks,
+    complete: CompleteOptions,
+    prompts: Pick<CompleteOptions, 'prompt' | 'negativePrompt'>,
+  ): AsyncGenerator<GenerationEvent, void> {
     for (const message of missingEncoders(networks)) yield { type: 'warning', message };
     const { warnings, positive, negative } = await conditioningOf(networks, encoders, { ...complete, ...prompts });
     for (const message of warnings) yield { type: 'warning', message };
@@ -211,9 +232,28 @@ export function createPipeline(source: PipelineSource): StableDiffusion {
     },
     async dispose() {
       disposed = true;
-      await disposeNetworks(networks);
+      await Promise.all([...loaded].map(({ networks }) => disposeNetworks(networks)));
     },
   };
+}
+
+/** Networks with the LoRAs they were loaded with. */
+interface LoadedNetworks {
+  readonly networks: Networks;
+  readonly loras: string;
+  /** Pictures that are being drawn with them. */
+  users: number;
+}
+
+/** Tells LoRAs apart, those of one name too. */
+const loraNumbers = new WeakMap<Lora, number>();
+let lastLora = 0;
+
+function loraNumber(lora: Lora): number {
+  const known = loraNumbers.get(lora);
+  if (known !== undefined) return known;
+  loraNumbers.set(lora, ++lastLora);
+  return lastLora;
 }
 
 /** Prepares the networks of a checkpoint with LoRAs; weights load at the first use. */

@@ -86,6 +86,8 @@ function sessionOptions(
     ...(compile.profile ? { enableProfiling: true, profileFilePrefix: compile.profile } : {}),
     extra: {
       session: {
+        // ONNX Runtime makes one operator of a dequantisation and a product, and would round the activations to 8 bits.
+        qdq_matmulnbits_accuracy_level: '1',
         // Each session has threads of its own: those of one that has run would keep the processors from the next.
         force_spinning_stop: '1',
         ...(folder && { model_external_initializers_file_folder_path: folder }),

@@ -66,7 +66,8 @@ function partialProducts(
   options: LinearOptions,
 ): Tensor[] {
   const parts = bias && joinedParts(bias, 0);
-  const biases = parts?.length === weights.length ? parts : undefined;
+  const fits = parts?.length === weights.length && parts.every((part, i) => part.shape[0] === weights[i]!.shape[0]);
+  const biases = fits ? parts : undefined;
   let start = 0;
   return weights.map((weight, i) => {
     const out = weight.shape[0] as number;

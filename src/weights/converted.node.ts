@@ -16,7 +16,7 @@ import { type FileSource, fileSource } from './files.node.ts';
 import { plannedSafetensorsBytes, plannedSafetensorsChunks, readExactly } from './safetensors.ts';
 
 /** Grows when a converted file has to be made anew. */
-const FORMAT = 4;
+const FORMAT = 5;
 
 /** Where converted networks are kept: MMDITX_CACHE, else the user's cache folder. */
 export function conversionFolder(environment: NodeJS.ProcessEnv = process.env): string {
@@ -105,8 +105,10 @@ function damaged(path: string, cause?: MmditxError): MmditxError {
 
 type Job = { readonly part: PartName; readonly weights: PartWeights<unknown>; readonly path: string };
 
-/** Bytes hashed of each tensor: enough to tell a fine-tuned model from the original. */
+/** Bytes of each sample of a tensor that is hashed: enough to tell a fine-tuned model from the original. */
 const SAMPLE_BYTES = 4096;
+/** Where samples lie: at its begin, in its middle, at its end. */
+const SAMPLED_AT = [0, 0.5, 1];
 
 /** Tells by its content what a file was converted from, and into what. */
 async function fileName(part: PartName, { tensors }: PartWeights<unknown>, precision: Precision): Promise<string> {
@@ -114,7 +116,10 @@ async function fileName(part: PartName, { tensors }: PartWeights<unknown>, preci
   for (const [name, { spans }] of tensors) {
     for (const { source, encoding, shape, offset, byteLength, scale } of spans) {
       hash.update(JSON.stringify([name, encoding, shape, byteLength, scale]));
-      hash.update(await readExactly(source, offset, Math.min(byteLength, SAMPLE_BYTES)));
+      const length = Math.min(byteLength, SAMPLE_BYTES);
+      for (const share of SAMPLED_AT) {
+        hash.update(await readExactly(source, offset + Math.floor(share * (byteLength - length)), length));
+      }
     }
   }
   return `${part.toLowerCase()}-${precision}-${hash.digest('hex').slice(0, 24)}.safetensors`;

@@ -132,13 +132,13 @@ describe('encoders that give their memory back', async () => {
 
 test('the shipped model in int8 draws what it draws in fp32, to 30 dB', async () => {
   const SMALL = resolve('models/small/mmditx-small.safetensors');
-  const prompts = ['3d fox on a teal background', 'flat apple on a yellow background'];
+  const prompts = ['3d fox on a teal background'];
   const draw = async (precision: Precision) => {
     const sd = await load(SMALL, { device: 'cpu', threads: 2, precision, cacheFolder: folder });
     try {
       const pictures: Uint8Array[] = [];
       for (const [seed, prompt] of prompts.entries()) {
-        const [image] = await sd.generate({ prompt, seed, steps: 6, cfg: 4 });
+        const [image] = await sd.generate({ prompt, seed, steps: 28, cfg: 4 });
         pictures.push(image!.data);
       }
       return pictures;
