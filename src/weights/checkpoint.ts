@@ -170,6 +170,9 @@ const signatures: Readonly<Record<NetworkKind, RegExp>> = {
   t5: /^(|.*?\.)encoder\.block\.\d+\.layer\.\d+\./,
 };
 
+/** Networks of one kind that a file may hold: more than any model has of them. */
+const MOST_NETWORKS = 16;
+
 function findParts({ source, metadata }: WeightsFile, weights: ReadonlyMap<string, WeightTensor>): FoundPart[] {
   const hints = readHints(metadata, source.name);
   return (Object.keys(signatures) as NetworkKind[]).flatMap((kind) => {
@@ -177,6 +180,12 @@ function findParts({ source, metadata }: WeightsFile, weights: ReadonlyMap<strin
     for (const name of weights.keys()) {
       const prefix = signatures[kind].exec(name)?.[1];
       if (prefix !== undefined) prefixes.add(prefix);
+    }
+    if (prefixes.size > MOST_NETWORKS) {
+      throw new MmditxError(
+        'unsupported-model',
+        `${source.name} holds ${prefixes.size} networks of one kind; give a checkpoint of one model.`,
+      );
     }
     return [...prefixes].map((prefix) => ({
       kind,

@@ -182,7 +182,10 @@ describe('inTiles', () => {
 
 describe('tilesOf', () => {
   it('cuts out what lies at each place', () => {
-    const input = floats([1, 1, 4, 6], Float32Array.from({ length: 24 }, (_, i) => i));
+    const input = floats(
+      [1, 1, 4, 6],
+      Float32Array.from({ length: 24 }, (_, i) => i),
+    );
     const tiles = [...tilesOf(input, { tile: { size: 2, overlap: 1 }, unit: 2 })];
     expect(tiles.map(({ tile }) => [...tile.data])).toEqual([
       [0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15, 18, 19, 20, 21],
@@ -193,7 +196,10 @@ describe('tilesOf', () => {
 
 describe('evenSample', () => {
   const rows = (size: number, share: number) => {
-    const input = floats([1, 1, size, 2], Float32Array.from({ length: 2 * size }, (_, i) => i >> 1));
+    const input = floats(
+      [1, 1, size, 2],
+      Float32Array.from({ length: 2 * size }, (_, i) => i >> 1),
+    );
     return [...evenSample(input, share).data].filter((_, i) => i % 2 === 0);
   };
 
