@@ -80,13 +80,16 @@ export function loadAutoencoder(
   // Work in tiles gives programs back that other such work may be about to run, and takes as much memory as is allowed.
   const inTurn = oneAtATime();
 
-  /** A program, which is recorded and compiled when it is first run. */
-  const program = (name: string, record: (weights: Weights) => Tensor): Program => {
+  /**
+   * A program, which is recorded and compiled when it is first run. Programs for tiles follow each other: kept, the
+   * buffers of all of them would add up.
+   */
+  const program = (name: string, record: (weights: Weights) => Tensor, keepBuffers = false): Program => {
     const known = programs.get(name);
     const loaded =
       known ??
       lazily(() => {
-        const bound = bindWeights(part, { bytes });
+        const bound = bindWeights(part, { bytes, keepBuffers });
         return compileBound(runtime, { outputs: { result: record(bound.weights) } }, bound);
       });
     if (!known) programs.set(name, loaded);
@@ -95,8 +98,8 @@ export function loadAutoencoder(
       release: loaded.dispose,
     };
   };
-  const encoder = program('encode', (weights) => encodeMoments(config, weights, imageInput(config)));
-  const decoder = program('decode', (weights) => decode(config, weights, latentInput(config)));
+  const encoder = program('encode', (weights) => encodeMoments(config, weights, imageInput(config)), true);
+  const decoder = program('decode', (weights) => decode(config, weights, latentInput(config)), true);
 
   const encodeInTiles = async (image: FloatTensor, { tile, level }: Plan, options: RunOptions) => {
     const statistics = program(`encode statistics ${level}`, (weights) =>

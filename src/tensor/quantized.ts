@@ -86,31 +86,45 @@ const SMALLEST_PEAK = 1e-30;
 const INT8_PRODUCT: Operation = {
   name: 'Int8Product',
   write(output, [x, values, scales], writer) {
-    if (output.attributes.exact || !writer.cpu) {
+    if (!writer.cpu) {
       const weight = writer.node('DequantizeLinear', [values!, scales!], { axis: 1 });
       return writer.node('MatMul', [x!, weight]);
     }
-    const { scale, integers } = quantizedRows(x!, writer);
-    const one = writer.floats([1]);
-    const product = writer.node(
-      'MatMulIntegerToFloat',
-      [integers, values!, one, scales!, writer.bytes([ACTIVATION_ZERO])],
-      {},
-      'com.microsoft',
-    );
-    return writer.node('Mul', [product, writer.node('Unsqueeze', [scale, writer.integers([1])])]);
+    let sum: string | undefined;
+    let rest = x!;
+    for (let term = 0; term < (output.attributes.exact ? EXACT_TERMS : 1); term++) {
+      if (sum !== undefined) rest = remainder(rest, writer);
+      const { scale, integers } = quantizedRows(rest, writer);
+      const operands = [integers, values!, writer.floats([1]), scales!, writer.bytes([ACTIVATION_ZERO])];
+      const product = writer.node('MatMulIntegerToFloat', operands, {}, 'com.microsoft');
+      const scaled = writer.node('Mul', [product, writer.node('Unsqueeze', [scale, writer.integers([1])])]);
+      sum = sum === undefined ? scaled : writer.node('Add', [sum, scaled]);
+    }
+    return sum!;
   },
 };
 
+/**
+ * Terms of 8 bits that x is taken apart into for an exact product: together they have the 24 bits of a float32's
+ * fraction. Three integer products are still three times as fast as dequantising the weight and one in float32.
+ */
+const EXACT_TERMS = 3;
+
+/** What a row's quantisation leaves of it. */
+function remainder(x: string, writer: OnnxWriter): string {
+  const { scale, integers, zeros } = quantizedRows(x, writer);
+  return writer.node('Sub', [x, writer.node('DequantizeLinear', [integers, scale, zeros], { axis: 0 })]);
+}
+
 /** Each row as unsigned bytes and its scale [rows]. */
-function quantizedRows(x: string, writer: OnnxWriter): { scale: string; integers: string } {
+function quantizedRows(x: string, writer: OnnxWriter): { scale: string; integers: string; zeros: string } {
   const columns = writer.integers([1]);
   const highest = writer.node('ReduceMax', [x, columns], { keepdims: 0 });
   const lowest = writer.node('ReduceMin', [x, columns], { keepdims: 0 });
   const peak = writer.node('Max', [highest, writer.node('Neg', [lowest]), writer.floats([SMALLEST_PEAK])]);
   const scale = writer.node('Mul', [peak, writer.floats([1 / ACTIVATION_LARGEST])]);
   const zeros = writer.node('Expand', [writer.bytes([ACTIVATION_ZERO]), writer.node('Shape', [scale])]);
-  return { scale, integers: writer.node('QuantizeLinear', [x, scale, zeros], { axis: 0 }) };
+  return { scale, zeros, integers: writer.node('QuantizeLinear', [x, scale, zeros], { axis: 0 }) };
 }
 
 /** Levels of `MatMulNBits`: activations in float32, or in 8 bits where the device has a kernel for it. */

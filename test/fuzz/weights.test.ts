@@ -1,7 +1,7 @@
 /** Weights from outside: safetensors, GGUF, checkpoints of both, LoRAs. */
 import { readFileSync } from 'node:fs';
 import fc from 'fast-check';
-import { expect } from 'vitest';
+import { expect, test } from 'vitest';
 import { modelDefaults, storedPreviewFactors } from '../../src/pipeline/defaults.ts';
 import { bytesPerElement, elementCount } from '../../src/tensor/data.ts';
 import { openCheckpoint } from '../../src/weights/checkpoint.ts';
@@ -10,6 +10,7 @@ import { blockFormats } from '../../src/weights/gguf-blocks.ts';
 import { findNonFinite, formatInspection, inspectCheckpoint } from '../../src/weights/inspect.ts';
 import { combineLoras, openLora } from '../../src/weights/lora.ts';
 import type { LoraPart } from '../../src/weights/lora-names.ts';
+import { configMetadata } from '../../src/weights/metadata.ts';
 import { openSafetensors, readTensor } from '../../src/weights/safetensors.ts';
 import { isBlockType, readFloats, readWeight, wholeTensor } from '../../src/weights/stored.ts';
 import { countedSource, expectLine, fuzz } from '../support/fuzz.ts';
@@ -46,31 +47,36 @@ const integers: TensorList = {
 };
 const transformer = part(official, 'model.diffusion_model.');
 /** What a model says about itself, with all that is read. */
-const config = {
-  'mmditx.config': JSON.stringify({
-    transformer: { heads: 2 },
-    vae: { groups: 8, latentScale: 1.5, latentShift: 0.1 },
-    clipL: { heads: 2, activation: 'quick_gelu', bosId: 1, eosId: 2, padId: 2 },
-    clipG: { heads: 2, activation: 'gelu', bosId: 1, eosId: 2, padId: 0 },
-    t5: { tokens: 16, maxDistance: 128 },
-  }),
+const metadata = {
+  ...configMetadata((await configsOf(official)) as Parameters<typeof configMetadata>[0]),
   'mmditx.defaults': '{"width":64,"height":64,"steps":4,"cfg":3,"shift":2,"sampler":"euler","skipLayers":[1]}',
   'mmditx.preview': '{"weights":[[1,2,3],[4,5,6]],"bias":[0,0,0]}',
   _quantization_metadata: '{"layers":{"a":{"format":"float8_e4m3fn"}}}',
 };
-const checkpoints: readonly TensorList[] = [
+const whole: readonly TensorList[] = [
   official,
-  { ...official, metadata: { ...official.metadata, ...config } },
+  { ...official, metadata },
+  part({ ...official, metadata }, 'text_encoders.clip_l.'),
   part(official, 'text_encoders.'),
   transformer,
   part(official, 'first_stage_model.'),
   ...['scaled-older', 'scaled-newer', 'vae-old-names'].map(layouts),
-  ...[1, 2, 3].map((n) => layouts(`diffusers/transformer/diffusion_pytorch_model-0000${n}-of-00003`)),
   layouts('diffusers/text_encoder/model'),
   layouts('diffusers/text_encoder_3/model'),
   { metadata: {}, tensors: [...integers.tensors, ...transformer.tensors] },
 ];
+const shards = [1, 2, 3].map((n) => layouts(`diffusers/transformer/diffusion_pytorch_model-0000${n}-of-00003`));
+const checkpoints = [...whole, ...shards];
 const safetensors = [...checkpoints, layouts('numbers'), integers];
+
+async function configsOf(list: TensorList): Promise<Record<string, unknown>> {
+  const { parts } = await openCheckpoint([countedSource(safetensorsFile(list))]);
+  return Object.fromEntries(Object.entries(parts).map(([name, { config }]) => [name, config]));
+}
+
+test('the files are sound before they are changed', async () => {
+  for (const list of whole) expect(Object.keys(await configsOf(list))).not.toEqual([]);
+});
 
 function part({ metadata, tensors }: TensorList, prefix: string): TensorList {
   return { metadata, tensors: tensors.filter(({ name }) => name.startsWith(prefix)) };
