@@ -4,7 +4,15 @@ import { spawnSync } from 'node:child_process';
 import { join } from 'node:path';
 import { ROOT } from './support.ts';
 
-const SCRIPTS = ['main-job', 'parts', 'transformer-vs-pytorch', 'training-step-vs-pytorch', 'precision', 'step-cache', 'profile'];
+const SCRIPTS = [
+  'main-job',
+  'parts',
+  'transformer-vs-pytorch',
+  'training-step-vs-pytorch',
+  'precision',
+  'step-cache',
+  'profile',
+];
 
 for (const script of SCRIPTS) {
   const path = join(ROOT, 'bench', `${script}.ts`);

@@ -406,7 +406,7 @@ const nameParts = [
 const tensorChange = fc.record({
   kind: fc.constantFrom(
     ...(['part', 'add part', 'remove part', 'name', 'size', 'add size', 'remove size', 'swap sizes', 'dtype'] as const),
-    ...(['values', 'drop', 'copy', 'companion', 'foreign', 'metadata'] as const),
+    ...(['values', 'drop', 'copy', 'companion', 'foreign', 'metadata', 'entry', 'entry', 'entry'] as const),
   ),
   at: number,
   other: number,
@@ -415,6 +415,7 @@ const tensorChange = fc.record({
   size: fc.oneof(fc.nat({ max: 300 }), fc.constantFrom(...INTEGERS.filter((value) => value < 2n ** 53n).map(Number))),
   dtype: fc.constantFrom(...Object.keys(elementBytes)),
   value: fc.constantFrom(0, 0x3c, 0x7c, 0x7f, 0x80, 0xff),
+  json: jsonChange,
 });
 export type TensorChange = typeof tensorChange extends fc.Arbitrary<infer Change> ? Change : never;
 
@@ -481,10 +482,12 @@ function changeTensors(list: TensorList, change: TensorChange, others: readonly 
       return { metadata, tensors: [...tensors, ...(from?.tensors.slice(0, change.size) ?? [])] };
     }
     case 'metadata':
-      return {
-        tensors,
-        metadata: { ...metadata, ...others[change.other % others.length]?.metadata, [text]: '1' },
-      };
+      return { tensors, metadata: { ...metadata, ...others[change.other % others.length]?.metadata, [text]: '1' } };
+    case 'entry': {
+      const entries = Object.entries(metadata);
+      const [key, value] = entries[change.other % entries.length] ?? [text, '{}'];
+      return { tensors, metadata: { ...metadata, [key]: changedJson(value, [change.json]) } };
+    }
   }
 }
 
