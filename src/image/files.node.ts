@@ -1,6 +1,6 @@
 /** Pictures from and to files: any common format in, PNG out. */
 import { existsSync } from 'node:fs';
-import { mkdir, stat } from 'node:fs/promises';
+import { mkdir, readFile, stat } from 'node:fs/promises';
 import { basename, dirname, extname, join } from 'node:path';
 import sharp from 'sharp';
 import { MmditxError } from '../errors.ts';
@@ -10,6 +10,9 @@ import { blend, type RgbaImage } from './image.ts';
 
 /** Pictures with more pixels are refused unless the caller allows more: 8192 x 8192. */
 const DEFAULT_MAX_PIXELS = 2 ** 26;
+
+/** 8192 x 8192 pixels of four samples of 16 bits, not compressed at all. */
+const MAX_FILE_BYTES = 2 ** 29;
 
 /** What is read, by sharp's names. AVIF is HEIF with AV1 inside; vector formats have no pixels to bound. */
 const readableFormats = ['jpeg', 'png', 'webp', 'heif'];
@@ -39,10 +42,19 @@ export async function readImageFile(path: string, options: ReadImageOptions = {}
   if (!file.isFile()) throw ioError('read', path, new Error('it is a pipe or a device; give a file'));
 
   const formats = 'a JPEG, PNG, WebP or AVIF file';
-  const source = sharp(path, { limitInputPixels: false, failOn: 'error' });
+  if (file.size > MAX_FILE_BYTES) {
+    throw new MmditxError('bad-file', `${path} is too large to be a picture; give ${formats}.`);
+  }
+  // Not by its path: libvips keeps what it decoded and would give the old picture when the file has changed.
+  const bytes = await readFile(path).catch((cause) => {
+    throw ioError('read', path, cause);
+  });
+  const noPicture = (cause?: unknown) =>
+    new MmditxError('bad-file', `${path} is not a picture; give ${formats}.`, { cause });
+  if (bytes.length === 0) throw noPicture();
+  const source = sharp(bytes, { limitInputPixels: false, failOn: 'error' });
   const metadata = await source.metadata().catch((cause) => {
-    if (cause.code) throw ioError('read', path, cause);
-    throw new MmditxError('bad-file', `${path} is not a picture; give ${formats}.`, { cause });
+    throw noPicture(cause);
   });
   const { format, compression } = metadata;
   if (!readableFormats.includes(format) || (format === 'heif' && compression !== 'av1')) {

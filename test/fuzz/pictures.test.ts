@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { deflateSync, inflateSync } from 'node:zlib';
 import fc from 'fast-check';
 import sharp from 'sharp';
-import { afterAll, expect } from 'vitest';
+import { afterAll, expect, test } from 'vitest';
 import { readImageFile } from '../../src/image/files.node.ts';
 import { decodePng, encodePng, pngText } from '../../src/image/png.ts';
 import {
@@ -116,6 +116,14 @@ const pngs: readonly (readonly Chunk[])[] = [
   plain[0]!.toSpliced(1, 0, ...texts, { type: 'tRNS', data: Buffer.of(0, 7) }),
 ];
 
+test('the files are sound before they are changed', () => {
+  for (const chunks of pngs) expect(decodePng(pngOf(chunks))).toMatchObject({ width: WIDTH, height: HEIGHT });
+  expect(pngs.map((chunks) => settingsFromPng(pngOf(chunks))?.source).filter(Boolean)).toEqual([
+    'mmditx',
+    'parameters',
+  ]);
+});
+
 const bomb = deflateSync(Buffer.alloc(2 ** 21), { level: 9 });
 
 const chunkChange = fc.record({
@@ -151,7 +159,7 @@ function changedChunks(chunks: readonly Chunk[], change: ChunkChange): readonly 
     case 'header': {
       const [header, ...rest] = chunks as [Chunk, ...Chunk[]];
       // Width and height, or one of the bytes behind them.
-      const data = header.data.slice();
+      const data = Uint8Array.from(header.data);
       const place = change.count % 7;
       if (place < 5) data[8 + place] = change.value % 17;
       else data[place === 5 ? 3 : 7] = change.value;
@@ -230,6 +238,16 @@ const pictures = await Promise.all([
   raw().avif({ effort: 0 }).toBuffer(),
   raw().png().toBuffer(),
 ]);
+
+test('a file that has changed is read anew', async () => {
+  for (const format of ['png', 'jpeg', 'webp', 'avif'] as const) {
+    const path = join(folder, `changed.${format}`);
+    for (const width of [8, 16]) {
+      writeFileSync(path, await raw().resize(width, 8, { fit: 'fill' }).toFormat(format).toBuffer());
+      expect((await readImageFile(path)).width, format).toBe(width);
+    }
+  }
+});
 
 fuzz(
   'a picture file',

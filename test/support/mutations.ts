@@ -79,7 +79,10 @@ export function changedBytes(
   changes: readonly ByteChange[],
   { fields = [], others = [] }: { readonly fields?: readonly Field[]; readonly others?: readonly Uint8Array[] } = {},
 ): Uint8Array {
-  return changes.reduce<Uint8Array>((bytes, change) => changeBytes(bytes, change, fields, others), file.slice());
+  return changes.reduce<Uint8Array>(
+    (bytes, change) => changeBytes(bytes, change, fields, others),
+    Uint8Array.from(file),
+  );
 }
 
 function changeBytes(
@@ -195,7 +198,7 @@ const jsonChange = fc.record({
   /** Which value, and which other. */
   at: number,
   other: number,
-  kind: fc.constantFrom('value', 'copy', 'delete', 'duplicate', 'key', 'other key', 'wrap', 'join'),
+  kind: fc.constantFrom('value', 'value', 'value', 'copy', 'delete', 'duplicate', 'key', 'other key', 'wrap', 'join'),
   value: fc.oneof({ weight: 4, arbitrary: fc.constantFrom(...values) }, fc.json({ maxDepth: 2 })),
   key: fc.oneof({ weight: 4, arbitrary: fc.constantFrom(...keys) }, fc.string()),
 });

@@ -14,7 +14,7 @@ export function chunksOf(png: Uint8Array): Chunk[] {
   for (let at = PNG_SIGNATURE.length; at < png.length; ) {
     const dataEnd = at + 8 + view.getUint32(at);
     const type = Buffer.from(png.subarray(at + 4, at + 8)).toString('latin1');
-    chunks.push({ type, data: png.slice(at + 8, dataEnd) });
+    chunks.push({ type, data: Uint8Array.from(png.subarray(at + 8, dataEnd)) });
     at = dataEnd + 4;
   }
   return chunks;
