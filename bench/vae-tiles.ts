@@ -13,6 +13,7 @@ import { nodeRuntime } from '../src/runtime/node.node.ts';
 import { floats } from '../src/tensor/data.ts';
 import { fullSizeFiles } from './full-size.ts';
 import { GOLDEN, normalFloats, SMALL, withModel } from './models.ts';
+import { relativeDifference } from './peer.ts';
 import { publish, QUICK, ROOT, type Row, rounded, runNode, THREADS } from './support.ts';
 
 const SIDES = QUICK ? [128] : [512, 1024];
@@ -26,6 +27,11 @@ const SEAMS = {
         [256, 48],
       ] as const),
 };
+
+/** What both sides' pictures may differ by, as a part of the largest value. */
+const AGREEMENT = 1e-3;
+/** Side of the picture that is compared. */
+const COMPARED = 64;
 
 const [, script, mode, sideText] = process.argv;
 if (mode === 'decode') await decodeOnce(Number(sideText));
@@ -58,6 +64,7 @@ interface Report {
 async function measure(): Promise<void> {
   const rows: Row[] = [];
   let torch = 'not installed';
+  await checkPeer();
   for (const side of SIDES) {
     const { stdout } = await runNode([script!, 'decode', String(side)], { typescript: true });
     const ours = JSON.parse(stdout.trim().split('\n').at(-1)!) as Report & { seconds: number };
@@ -77,11 +84,26 @@ async function measure(): Promise<void> {
   await publish({ title: 'The VAE in tiles', rows, settings: { threads: THREADS, torch } });
 }
 
+/** The peer has to decode a latent as we do. */
+async function checkPeer(): Promise<void> {
+  const file = QUICK ? GOLDEN : (await fullSizeFiles())[0]!;
+  const theirs = peer(file, COMPARED);
+  if (!theirs) return;
+  await withModel(file, async ({ parts }) => {
+    const vae = loadAutoencoder(nodeRuntime({ threads: THREADS }), parts.vae!);
+    const side = COMPARED / vaeDownscale(vae.config);
+    const ours = await vae.decode(normalFloats([1, vae.config.latentChannels, side, side]));
+    await vae.dispose();
+    const difference = relativeDifference(ours, floats(ours.shape, theirs.picture));
+    if (difference > AGREEMENT) throw new Error(`PyTorch's picture differs by ${difference} of its largest value.`);
+  });
+}
+
 /** The second call of the PyTorch decoder; undefined where PyTorch is not installed. */
 function peer(
   file: string,
   side: number,
-): { seconds: number; before: number; peak: number; torch: string } | undefined {
+): { seconds: number; before: number; peak: number; torch: string; picture: Float32Array } | undefined {
   const latent = normalFloats([1, 16, side / 8, side / 8]);
   const args = [join(ROOT, 'bench/peers/vae_torch.py'), file, String(THREADS), String(side / 8), String(side / 8), '1'];
   const { status, stdout } = spawnSync(process.env.PYTHON ?? 'python3', args, {
@@ -91,7 +113,8 @@ function peer(
   if (status !== 0) return undefined;
   const end = stdout.indexOf('\n');
   const report = JSON.parse(stdout.subarray(0, end).toString()) as Report & { seconds: number[]; torch: string };
-  return { ...report, seconds: report.seconds.at(-1)! };
+  const picture = new Float32Array(Uint8Array.from(stdout.subarray(end + 1)).buffer);
+  return { ...report, seconds: report.seconds.at(-1)!, picture };
 }
 
 /** Decoding a mosaic of the small model's own pictures in tiles, against decoding it at once. */

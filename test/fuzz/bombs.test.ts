@@ -97,13 +97,13 @@ describe('weights', () => {
   });
 
   test('scales of layers that a LoRA does not have', async () => {
-    const layers = Array.from({ length: 300 }, (_, i) => `transformer_blocks.${i}.attn.to_q`);
+    const layers = Array.from({ length: 600 }, (_, i) => `transformer_blocks.${i}.attn.to_q`);
     const byte = new Uint8Array(4);
     const tensors = layers.flatMap((name) => [
       tensor(`${name}.lora_A.weight`, [1, 1], 'F32', byte),
       tensor(`${name}.lora_B.weight`, [1, 1], 'F32', byte),
     ]);
-    const pattern = `{${repeated(200_000, (i) => `"x${i}":1`)}}`;
+    const pattern = `{${repeated(100_000, (i) => `"x${i}":1`)}}`;
     const bytes = file(tensors, {
       lora_adapter_metadata: `{"transformer.lora_alpha":1,"transformer.alpha_pattern":${pattern}}`,
     });
