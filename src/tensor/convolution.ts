@@ -100,12 +100,11 @@ function kernelGradient(output: Tensor, upstream: Tensor, x: Tensor, kernel: Ten
   const [out, input, side] = kernel.shape as [number, number, number];
   const [batch, , height, width] = upstream.shape as Size4;
   const padded = pad(pad(x, 2, top, bottom), 3, left, right);
-  const seen: Tensor[] = [];
-  for (let row = 0; row < side; row++) {
-    for (let column = 0; column < side; column++) {
-      seen.push(slice(slice(padded, 2, row, height, stride), 3, column, width, stride));
-    }
-  }
+  // Columns first: what is left of a row's shift is one run of memory.
+  const shifted = Array.from({ length: side }, (_, column) => slice(padded, 3, column, width, stride));
+  const seen = Array.from({ length: side }, (_, row) =>
+    shifted.map((part) => slice(part, 2, row, height, stride)),
+  ).flat();
   const pixels = times(height, width);
   const columns = reshape(concat(seen, 1), [batch, side * side * input, pixels]);
   const products = matmulTransposed(reshape(upstream, [batch, out, pixels]), columns);

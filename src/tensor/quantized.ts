@@ -1,6 +1,6 @@
 /**
- * Weights stored as integers, and products with them. Only inference uses them; gradients flow through to what is
- * multiplied, not to the integers.
+ * Weights stored as integers, and products with them. They cannot be trained: gradients flow through a product to what is
+ * multiplied, with the weight in floating point.
  */
 
 import { sameShape } from './dimension.ts';
@@ -20,23 +20,24 @@ const DEQUANTIZE_INT8: Operation = {
 const DEQUANTIZE_INT4: Operation = {
   name: 'DequantizeInt4',
   gradient: () => [undefined, undefined],
-  write(output, [values, scales], writer) {
-    const [rows, columns] = output.shape as [number, number];
-    const low = writer.node('BitwiseAnd', [values!, writer.bytes([15])]);
-    const high = writer.node('BitShift', [values!, writer.bytes([4])], { direction: 'RIGHT' });
-    const last = writer.integers([-1]);
-    const pairs = [low, high].map((nibbles) => writer.node('Unsqueeze', [nibbles, last]));
-    const both = writer.node('Cast', [writer.node('Concat', pairs, { axis: -1 })], {
-      to: writer.elementType('float32'),
-    });
-    const blocks = writer.node('Reshape', [both, writer.integers([rows, columns / INT4_BLOCK, INT4_BLOCK])]);
-    const scaled = writer.node('Mul', [
-      writer.node('Sub', [blocks, writer.floats([8])]),
-      writer.node('Unsqueeze', [scales!, last]),
-    ]);
-    return writer.node('Reshape', [scaled, writer.integers([rows, columns])]);
-  },
+  write: (output, [values, scales], writer) => writeInt4(output.inputs[0]!, values!, scales!, writer),
 };
+
+/** The weight [out, in] of blocks of 4 bits, in elementary nodes. */
+function writeInt4(stored: Tensor, values: string, scales: string, writer: OnnxWriter): string {
+  const [rows, blockCount] = stored.shape as [number, number];
+  const low = writer.node('BitwiseAnd', [values, writer.bytes([15])]);
+  const high = writer.node('BitShift', [values, writer.bytes([4])], { direction: 'RIGHT' });
+  const last = writer.integers([-1]);
+  const pairs = [low, high].map((nibbles) => writer.node('Unsqueeze', [nibbles, last]));
+  const both = writer.node('Cast', [writer.node('Concat', pairs, { axis: -1 })], { to: writer.elementType('float32') });
+  const blocks = writer.node('Reshape', [both, writer.integers([rows, blockCount, INT4_BLOCK])]);
+  const scaled = writer.node('Mul', [
+    writer.node('Sub', [blocks, writer.floats([8])]),
+    writer.node('Unsqueeze', [scales, last]),
+  ]);
+  return writer.node('Reshape', [scaled, writer.integers([rows, blockCount * INT4_BLOCK])]);
+}
 
 /** How a weight is stored as integers. */
 export type QuantizedPrecision = 'int8' | 'int4';
@@ -85,6 +86,7 @@ const SMALLEST_PEAK = 1e-30;
  */
 const INT8_PRODUCT: Operation = {
   name: 'Int8Product',
+  gradient: inputGradient,
   write(output, [x, values, scales], writer) {
     if (!writer.cpu) {
       const weight = writer.node('DequantizeLinear', [values!, scales!], { axis: 1 });
@@ -127,11 +129,33 @@ function quantizedRows(x: string, writer: OnnxWriter): { scale: string; integers
   return { scale, zeros, integers: writer.node('QuantizeLinear', [x, scale, zeros], { axis: 0 }) };
 }
 
+/**
+ * The upstream gradient times the weight, in floating point: rounding the activations of the product changes its value,
+ * not its slope.
+ */
+function inputGradient(output: Tensor, upstream: Tensor): readonly (Tensor | undefined)[] {
+  const [x, values, scales] = output.inputs as [Tensor, Tensor, Tensor];
+  return [record(QUANTIZED_GRADIENT, [upstream, values, scales], x.shape), undefined, undefined];
+}
+
+const QUANTIZED_GRADIENT: Operation = {
+  name: 'QuantizedGradient',
+  write(output, [upstream, values, scales], writer) {
+    const [, stored] = output.inputs as [Tensor, Tensor];
+    if (stored.dtype === 'int8') {
+      const weight = writer.node('DequantizeLinear', [values!, scales!], { axis: 1 });
+      return writer.node('Gemm', [upstream!, weight], { transB: 1 });
+    }
+    return writer.node('Gemm', [upstream!, writeInt4(stored, values!, scales!, writer)]);
+  },
+};
+
 /** Levels of `MatMulNBits`: activations in float32, or in 8 bits where the device has a kernel for it. */
 const [EXACT_ACTIVATIONS, INT8_ACTIVATIONS] = [1, 4];
 
 const INT4_PRODUCT: Operation = {
   name: 'Int4Product',
+  gradient: inputGradient,
   write(output, [x, values, scales], writer) {
     const [, packed] = output.inputs as [Tensor, Tensor];
     const [out, blocks] = packed.shape as [number, number];

@@ -236,10 +236,25 @@ describe.each(['int8', 'int4'] as const)('%s weights', (precision) => {
     }
   });
 
-  it('pass gradients on to x alone', () => {
-    const x = t.input('x', 'float32', [2, 64]);
-    const { weight } = make(6, 64);
-    expect(() => t.gradients(t.sum(t.linear(x, weight)), [x])).toThrow(/has no gradient rule/);
+  it('pass gradients on to x alone, with the weight in floating point', async () => {
+    const weight = make(6, 64);
+    const upstream = randomFloats([5, 6], 3);
+    const x = randomFloats([5, 64], 4);
+    const input = inputLike('x', x);
+    const value = t.sum(t.multiply(t.linear(input, weight.weight), t.constant(upstream)));
+    const [gradient] = t.gradients(value, [input]) as [t.Tensor];
+    for (const runtime of [cpu, other]) {
+      const result = await run(gradient, x, weight, runtime);
+      for (let row = 0; row < 5; row++) {
+        for (let column = 0; column < 64; column++) {
+          let expected = 0;
+          for (let out = 0; out < 6; out++) {
+            expected += upstream.data[row * 6 + out]! * weight.expected.data[out * 64 + column]!;
+          }
+          expect(result.data[row * 64 + column]).toBeCloseTo(expected, 4);
+        }
+      }
+    }
   });
 });
 
