@@ -4,7 +4,6 @@ import { existsSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { TRANSFORMER } from '../models/small/configs.ts';
 import { MODEL_FILE } from '../models/small/paths.ts';
 import { SD35_MEDIUM_TRANSFORMER, type TransformerConfig } from '../src/models/config.ts';
 import type { TransformerPass } from '../src/models/transformer.ts';
@@ -20,8 +19,18 @@ export const GOLDEN = join(ROOT, 'test/golden/tiny_sd35.safetensors');
 /** The shipped model, where it has been trained. */
 export const SMALL = existsSync(MODEL_FILE) ? MODEL_FILE : undefined;
 
-/** The shipped model's transformer with a table of positions for up to 4096 image tokens. */
-export const SMALL_TRANSFORMER: TransformerConfig = { ...TRANSFORMER, tableSize: 64 };
+/** The shipped model's transformer (`models/small/train.yaml`) with a table of positions for up to 4096 image tokens. */
+export const SMALL_TRANSFORMER: TransformerConfig = {
+  ...SD35_MEDIUM_TRANSFORMER,
+  hiddenSize: 256,
+  depth: 6,
+  heads: 4,
+  mlpHidden: 1024,
+  contextWidth: 192,
+  pooledWidth: 192,
+  tableSize: 64,
+  dualAttentionLayers: [0, 1, 2],
+};
 /** Half the width and a quarter of the depth of Stable Diffusion 3.5 Medium: about 150 million parameters. */
 export const MIDDLE_TRANSFORMER: TransformerConfig = {
   ...SD35_MEDIUM_TRANSFORMER,

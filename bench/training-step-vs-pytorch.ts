@@ -1,16 +1,17 @@
 /** One training step (loss, gradients, clipping, AdamW) against PyTorch's autograd on equal weights, taking turns. */
 
 import { join } from 'node:path';
-import { TRANSFORMER } from '../models/small/configs.ts';
 import type { TransformerConfig } from '../src/models/config.ts';
 import { centreCorner } from '../src/models/mmditx.ts';
 import { nodeRuntime } from '../src/runtime/node.node.ts';
-import { type FloatTensor, floats, toFloat32 } from '../src/tensor/data.ts';
-import { timestepInput, velocityLoss } from '../src/training/loss.ts';
-import { createTrainer, type Parameters, trainableWeights } from '../src/training/trainer.ts';
+import { type FloatTensor, floats } from '../src/tensor/data.ts';
+import { gradientSource } from '../src/training/gradients.ts';
+import { flowBatch } from '../src/training/loss.ts';
+import { diffusionSegments } from '../src/training/objective.ts';
+import { isLearned, readParameters, wholePart } from '../src/training/parts.ts';
+import { createTrainer } from '../src/training/trainer.ts';
 import type { PartWeights } from '../src/weights/checkpoint.ts';
-import { readWeight } from '../src/weights/stored.ts';
-import { normalFloats, withModel, withRandomTransformer } from './models.ts';
+import { normalFloats, SMALL_TRANSFORMER, withModel, withRandomTransformer } from './models.ts';
 import { startPeer, toMessage } from './peer.ts';
 import { callsFor, median, publish, QUICK, ROOT, type Row, rounded, THREADS, takeTurns, timeCalls } from './support.ts';
 
@@ -37,7 +38,7 @@ const peer = await startPeer();
 const rows: Row[] = [];
 const golden = join(ROOT, 'test/golden/train_model.safetensors');
 rows.push(await withModel(golden, ({ parts }) => measure('golden', parts.transformer!, golden, GOLDEN_BATCH)));
-rows.push(await withRandomTransformer(TRANSFORMER, (part, file) => measure('small', part, file, SMALL_BATCH)));
+rows.push(await withRandomTransformer(SMALL_TRANSFORMER, (part, file) => measure('small', part, file, SMALL_BATCH)));
 peer?.stop();
 await publish({
   title: 'Training, seconds per step against PyTorch float32',
@@ -52,15 +53,15 @@ async function measure(
   size: BatchSize,
 ): Promise<Row> {
   const { config } = part;
-  const trainer = await createTrainer(nodeRuntime({ threads: THREADS }), {
-    loss: velocityLoss(config, trainableWeights().weights),
-    values: await readParameters(part),
-    frozen: (parameter) => parameter === 'pos_embed',
-  });
+  const values = await readParameters('transformer', part);
+  const segments = diffusionSegments({ config, transformer: wholePart('transformer', values) });
+  const source = gradientSource(nodeRuntime({ threads: THREADS }), segments, isLearned);
+  const trainer = createTrainer(source, { values });
   const shared = batchOf(config, size);
   const batch = {
-    ...shared,
-    timestep: timestepInput(shared.sigma.data, config),
+    ...flowBatch(shared.latent!, shared.noise!, shared.sigma.data, config),
+    context: shared.context!,
+    pooled: shared.pooled!,
     corner: centreCorner(config.tableSize, size.height / config.patchSize, size.width / config.patchSize),
   };
   const call = () => trainer.step(batch, LEARNING_RATE);
@@ -95,7 +96,7 @@ async function measure(
       'losses differ by': difference.toExponential(0),
     };
   } finally {
-    await trainer.dispose();
+    await source.dispose();
   }
 }
 
@@ -127,10 +128,4 @@ function batchOf(
     context: normalFloats([items, length, config.contextWidth], 3),
     pooled: normalFloats([items, config.pooledWidth], 4),
   };
-}
-
-async function readParameters({ tensors }: PartWeights<TransformerConfig>): Promise<Parameters> {
-  const values: Parameters = new Map();
-  for (const [name, tensor] of tensors) values.set(name, floats(tensor.shape, toFloat32(await readWeight(tensor))));
-  return values;
 }

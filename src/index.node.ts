@@ -7,28 +7,24 @@
  * await writeFile('fox.png', image.png());
  */
 
-import { existsSync } from 'node:fs';
-import { readFile, stat } from 'node:fs/promises';
+import { stat } from 'node:fs/promises';
 import { freemem } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { MmditxError } from './errors.ts';
 import { modelIdentity } from './pipeline/identity.ts';
-import { createPipeline, type PipelineSource, type StableDiffusion } from './pipeline/pipeline.ts';
+import { openFiles, readTokenizers } from './pipeline/open.node.ts';
+import { createPipeline, type StableDiffusion } from './pipeline/pipeline.ts';
 import { choosePrecision, partsToConvert } from './pipeline/precision.ts';
 import { fastestRuntime } from './runtime/fastest.node.ts';
 import { type NodeRuntimeOptions, nodeRuntime } from './runtime/node.node.ts';
 import type { Runtime } from './runtime/runtime.ts';
-import { clipTokenizerJson } from './text/clip-vocabulary.ts';
-import { ioError } from './weights/atomic.node.ts';
-import { type Checkpoint, openCheckpoint } from './weights/checkpoint.ts';
 import type { Precision } from './weights/convert.ts';
 import { type ConversionProgress, convertParts } from './weights/converted.node.ts';
-import { type FileSource, fileSource } from './weights/files.node.ts';
-import { modelFiles } from './weights/folder.node.ts';
+import { fileSource } from './weights/files.node.ts';
 import { type Lora, openLora } from './weights/lora.ts';
 
 export * from './api.ts';
+export { openFiles } from './pipeline/open.node.ts';
 export { availableDevices, type NodeRuntimeOptions, nodeRuntime } from './runtime/node.node.ts';
 export type { ConversionProgress } from './weights/converted.node.ts';
 export {
@@ -69,12 +65,6 @@ export interface LoadOptions extends NodeRuntimeOptions {
   /** Runs the networks (default: {@link nodeRuntime} with these options, on the fastest device that works). */
   runtime?: Runtime;
 }
-
-/** Where tokenizers lie beside a model, in the layout of the models on Hugging Face. */
-const TOKENIZER_PLACES = {
-  clip: ['tokenizer/tokenizer.json', 'tokenizers/clip/tokenizer.json'],
-  t5: ['tokenizer_3/tokenizer.json', 'tokenizers/t5/tokenizer.json'],
-};
 
 /**
  * A model from weight files: one checkpoint, the parts of one (ComfyUI's split files), or a folder of them (diffusers'
@@ -156,58 +146,5 @@ export async function readLora(path: string): Promise<Lora> {
     return await openLora(source);
   } finally {
     await source.close();
-  }
-}
-
-/** Opens the files of a model, those of folders too; `close` lets go of them. */
-export async function openFiles(
-  paths: readonly string[],
-  options: { readonly onNote?: ((text: string) => void) | undefined } = {},
-): Promise<{ checkpoint: Checkpoint; sources: readonly FileSource[]; close: () => Promise<void> }> {
-  if (paths.length === 0) throw new MmditxError('bad-option', 'No model file was given.');
-  const sources: FileSource[] = [];
-  const close = async () => void (await Promise.all(sources.map((source) => source.close())));
-  try {
-    for (const path of paths) {
-      const files = await modelFiles(path, options.onNote ? { onNote: options.onNote } : {});
-      for (const file of files) sources.push(await fileSource(file));
-    }
-    return { checkpoint: await openCheckpoint(sources), sources, close };
-  } catch (error) {
-    await close();
-    throw error;
-  }
-}
-
-/** The released models have CLIP's tokenizer as these two. */
-const CLIP_VOCABULARY = ['tokenizer/vocab.json', 'tokenizer/merges.txt'];
-
-async function readTokenizers(
-  { tokenizers }: Checkpoint,
-  folder: string,
-  { clipTokenizer, t5Tokenizer }: LoadOptions,
-): Promise<NonNullable<PipelineSource['tokenizers']>> {
-  const find = (places: readonly string[]) => places.map((place) => join(folder, place)).find(existsSync);
-  const clip = tokenizers.clip === undefined ? (clipTokenizer ?? find(TOKENIZER_PLACES.clip)) : undefined;
-  const t5 = tokenizers.t5 === undefined ? (t5Tokenizer ?? find(TOKENIZER_PLACES.t5)) : undefined;
-  const vocabulary = CLIP_VOCABULARY.map((place) => join(folder, place));
-  const paired = tokenizers.clip === undefined && clip === undefined && vocabulary.every(existsSync);
-  const [clipText, t5Text] = await Promise.all([
-    paired ? readClipVocabulary(vocabulary) : clip && readText(clip),
-    t5 && readText(t5),
-  ]);
-  return { ...(clipText && { clip: clipText }), ...(t5Text && { t5: t5Text }) };
-}
-
-async function readClipVocabulary(paths: readonly string[]): Promise<string> {
-  const [vocabulary, merges] = await Promise.all(paths.map(readText));
-  return clipTokenizerJson(vocabulary!, merges!);
-}
-
-async function readText(path: string): Promise<string> {
-  try {
-    return await readFile(path, 'utf8');
-  } catch (error) {
-    throw ioError('read', path, error);
   }
 }

@@ -5,6 +5,7 @@ Reads one JSON request a line from standard input and answers with one line each
   {"op": "golden", "file": PATH}                            largest errors on golden inputs and outputs
   {"op": "forward", "inputs": {...}, "calls": N}            seconds of each call, and the velocity
   {"op": "memory"}                                          largest resident set so far, in bytes
+  {"op": "lora", "batch": ..., "rank": 16, "checkpointing": true, "calls": 3}    steps of a LoRA over frozen weights
   {"op": "train", "batch": {...}, "calls": N, "rate": R}    seconds and loss of each step of AdamW
 Tensors are {"shape": [...], "values": base64 of float32}. Argument: number of threads.
 """
@@ -21,6 +22,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 PREFIX = "model.diffusion_model."
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -185,6 +187,47 @@ class Training:
         return {"seconds": seconds, "losses": losses}
 
 
+class LoraTraining:
+    """A LoRA of float32 on the attention and MLP layers of all blocks, over frozen weights."""
+
+    def __init__(self, model, rank, checkpointing):
+        self.model, self.checkpointing = model, checkpointing
+        self.adapters = {}
+        for name, weight in model.weights.items():
+            weight.requires_grad_(False)
+            if re.search(r"_block\.(attn2?\.(qkv|proj)|mlp\.fc[12])\.weight$", name):
+                down = (torch.rand(rank, weight.shape[1]) * 2 - 1) / weight.shape[1] ** 0.5
+                up = torch.zeros(weight.shape[0], rank)
+                self.adapters[name[: -len(".weight")]] = (down.requires_grad_(), up.requires_grad_())
+        self.trained = [matrix for pair in self.adapters.values() for matrix in pair]
+        self.optimizer = torch.optim.AdamW(self.trained, fused=True)
+        base = model.linear
+
+        def linear(name, x):
+            result = base(name, x)
+            if name not in self.adapters:
+                return result
+            down, up = self.adapters[name]
+            return result + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+        model.linear = linear
+        if checkpointing:
+            plain = model.block
+            model.block = lambda *inputs: torch.utils.checkpoint.checkpoint(plain, *inputs, use_reentrant=False)
+
+    def step(self, latent, noise, sigma, context, pooled):
+        level = sigma[:, None, None, None]
+        noisy = (1 - level) * latent + level * noise
+        dtype = self.model.weights["x_embedder.proj.weight"].dtype
+        predicted = self.model(noisy.to(dtype), 1000 * sigma, context.to(dtype), pooled.to(dtype)).float()
+        loss = F.mse_loss(predicted, noise - latent)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+
 def to_message(tensor):
     data = bytes(tensor.contiguous().flatten().untyped_storage())
     return {"shape": list(tensor.shape), "values": base64.b64encode(data).decode()}
@@ -215,6 +258,11 @@ def main():
             return forward(model, from_messages(request["inputs"]), request["calls"])
         if op == "memory":
             return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        if op == "lora":
+            training = training or LoraTraining(model, request["rank"], request["checkpointing"])
+            batch, losses = from_messages(request["batch"]), []
+            seconds, _ = timed(lambda: losses.append(training.step(**batch)), request["calls"])
+            return {"seconds": seconds, "losses": losses}
         if op == "train":
             training = training or Training(model)
             return training.run(from_messages(request["batch"]), request["calls"], request["rate"])

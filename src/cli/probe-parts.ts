@@ -12,9 +12,11 @@ import { guidedDenoiser } from '../sampling/guidance.ts';
 import { samplerNoise, torchGenerator } from '../sampling/noise.ts';
 import { samplers } from '../sampling/samplers.ts';
 import { scheduleSigmas } from '../sampling/schedules.ts';
-import { elementCount, type FloatTensor, floats, gradients, leaves, toFloat32 } from '../tensor/index.ts';
-import { timestepInput, velocityLoss } from '../training/loss.ts';
-import { type Parameters, parameterInputs, trainableWeights } from '../training/trainer.ts';
+import { elementCount, type FloatTensor, floats } from '../tensor/index.ts';
+import { gradientSource } from '../training/gradients.ts';
+import { flowBatch } from '../training/loss.ts';
+import { diffusionSegments } from '../training/objective.ts';
+import { isLearned, parameterName, readParameters, wholePart } from '../training/parts.ts';
 import {
   type Checkpoint,
   type PartConfigs,
@@ -22,7 +24,6 @@ import {
   type PartWeights,
   partTitles,
 } from '../weights/checkpoint.ts';
-import { readFloats } from '../weights/stored.ts';
 import type { ProbeTensors } from './probe-tensors.ts';
 import { defined, type SamplingFlags } from './values.ts';
 
@@ -137,39 +138,33 @@ export async function probeSample(probe: Probe, flags: SampleFlags): Promise<Pro
  */
 export async function probeGradient(probe: Probe): Promise<ProbeOutputs> {
   const { inputs, runtime, signal } = probe;
-  const { config, tensors } = partOf(probe, 'transformer');
+  const part = partOf(probe, 'transformer');
+  const { config } = part;
   const latent = await latentInput('latent', probe, config);
   const noise = await latentInput('noise', probe, config);
   const sigma = await inputs.floats('sigma', ['batch']);
-  const [batch, , height, width] = latent.shape as [number, number, number, number];
-  const text = await conditioning(probe, config, '', batch);
+  const [items, , height, width] = latent.shape as [number, number, number, number];
+  const text = await conditioning(probe, config, '', items);
 
-  const loss = velocityLoss(config, trainableWeights().weights);
-  const parameters = leaves({ outputs: { loss } }).parameters;
-  const trained = parameters.filter(({ name }) => name !== 'pos_embed');
-  const outputs = { loss, ...Object.fromEntries(gradients(loss, trained).map((g, i) => [trained[i]!.name!, g])) };
-  const values: Parameters = new Map();
-  for (const { name } of parameters) {
-    values.set(name!, await readFloats(tensors.get(name!)!));
-  }
-  const results = await disposing(await runtime.compile({ outputs }, { bind: () => 'input' }), (program) =>
-    program.run(
-      {
-        latent,
-        noise,
-        sigma,
-        ...text,
-        timestep: timestepInput(sigma.data, config),
-        corner: centreCorner(config.tableSize, height / config.patchSize, width / config.patchSize),
-        ...parameterInputs(parameters, values),
-      },
-      { signal },
-    ),
-  );
-  const inFileShape = (name: string) => floats(values.get(name)!.shape, toFloat32(results[name]!));
+  const values = await readParameters('transformer', part);
+  const segments = diffusionSegments({ config, transformer: wholePart('transformer', values) });
+  const source = gradientSource(runtime, segments, isLearned);
+  const batch = {
+    ...flowBatch(latent, noise, sigma.data, config),
+    ...text,
+    corner: centreCorner(config.tableSize, height / config.patchSize, width / config.patchSize),
+  };
+  const { loss, gradients } = await disposing(source, () => source.compute(batch, values));
+  signal.throwIfAborted();
+  const prefix = parameterName('transformer', '');
   return {
-    loss: floats([1], toFloat32(results.loss!)),
-    ...Object.fromEntries(trained.map(({ name }) => [`grad.${name}`, inFileShape(name!)])),
+    loss: floats([1], [loss]),
+    ...Object.fromEntries(
+      [...gradients].map(([name, data]) => [
+        `grad.${name.slice(prefix.length)}`,
+        floats(values.get(name)!.shape, data),
+      ]),
+    ),
   };
 }
 

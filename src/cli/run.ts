@@ -8,6 +8,7 @@ import { addDownload } from './download.ts';
 import { addGenerate } from './generate.ts';
 import { addInspect } from './inspect.ts';
 import { addProbe } from './probe.ts';
+import { addTrain } from './train.ts';
 
 /** Exit codes: the work failed, the command line cannot be understood, Ctrl-C (128 + SIGINT, as shells have it). */
 export const EXIT_FAILED = 1;
@@ -59,6 +60,7 @@ Examples:
   addDownload(program, context);
   addInspect(program, context);
   addConvert(program, context);
+  addTrain(program, context);
   addProbe(program, context);
   return program;
 }

@@ -34,6 +34,8 @@ export interface LowRankChange {
 export interface NetworkOptions extends Pick<CompileOptions, 'expandWeights' | 'packWeights' | 'keepBuffers'> {
   /** Whole files by name, where the checkpoint's sources have no path (in a browser). */
   readonly bytes?: ReadonlyMap<string, Uint8Array> | undefined;
+  /** Put before the parameters' names, where several networks share a program (default nothing). */
+  readonly label?: string | undefined;
   /** Changes of weights by name. */
   readonly changes?: ReadonlyMap<string, LowRankChange> | undefined;
 }
@@ -57,7 +59,7 @@ export async function compileBound(runtime: Runtime, program: Program, bound: Bo
 /** The weights of one network for recording and compiling its program. */
 export function bindWeights(
   part: PartWeights<unknown>,
-  { bytes, changes, ...compile }: NetworkOptions = {},
+  { bytes, changes, label = '', ...compile }: NetworkOptions = {},
 ): BoundWeights {
   const recorded = new Map<string, Tensor>();
   const files = new Map<string, WeightFile>();
@@ -65,7 +67,8 @@ export function bindWeights(
   const unread = new Map<string, Span>();
 
   /** A parameter that stands for values in a file. */
-  const parameterAt = (name: string, span: Span, shape: readonly number[]): Tensor => {
+  const parameterAt = (weight: string, span: Span, shape: readonly number[]): Tensor => {
+    const name = label + weight;
     if (isBlockType(span.encoding)) {
       unread.set(name, span);
       return parameter(name, 'float16', shape);
@@ -109,7 +112,7 @@ export function bindWeights(
   };
   const changed = (name: string, base: Tensor, { up, down }: LowRankChange): Tensor => {
     const [left, right] = [up, down].map((factor, i) => {
-      const factorName = `${name}.${i === 0 ? 'up' : 'down'}`;
+      const factorName = `${label}${name}.${i === 0 ? 'up' : 'down'}`;
       bindings.set(factorName, factor);
       return parameter(factorName, 'float32', factor.shape);
     }) as [Tensor, Tensor];

@@ -79,9 +79,16 @@ export function stageOf(layer: number): number {
  * The stages from `start` to before `end`. A segment that begins the network takes {@link TransformerInputs}; others
  * take what the one before gives: `image` [batch, rows, columns, hidden], `context` and `conditioning`. The last
  * segment gives `velocity`.
+ * @param given inputs of the network that the same program computes
  */
-export function mmditxSegment(config: TransformerConfig, weights: Weights, start: number, end: number): t.Program {
-  let streams = start === 0 ? embed(config, weights, transformerInputs(config)) : streamInputs(config);
+export function mmditxSegment(
+  config: TransformerConfig,
+  weights: Weights,
+  start: number,
+  end: number,
+  given: Partial<TransformerInputs> = {},
+): t.Program {
+  let streams = start === 0 ? embed(config, weights, { ...transformerInputs(config), ...given }) : streamInputs(config);
   for (let layer = Math.max(start - stageOf(0), 0); layer < Math.min(end - stageOf(0), config.depth); layer++) {
     streams = jointBlock(config, weights, streams, layer);
   }

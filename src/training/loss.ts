@@ -1,46 +1,74 @@
 /** Losses as tensor programs. */
 
 import { TIMESTEP_SCALE, type TransformerConfig, type VaeConfig, vaeDownscale } from '../models/config.ts';
-import { mmditx, type TransformerInputs, timestepEmbedding, transformerInputs } from '../models/mmditx.ts';
+import { mmditxSegment, stageCount, type TransformerInputs, timestepEmbedding } from '../models/mmditx.ts';
 import { decode, encodeMoments, imageInput } from '../models/vae.ts';
 import type { Weights } from '../models/weights.ts';
 import * as t from '../tensor/index.ts';
 
-/** A batch of noised latents: what {@link velocityLoss} is computed on. */
-export interface FlowInputs {
-  /** Clean latents in the transformer's scale: [batch, channels, height, width] */
-  latent: t.Tensor;
-  /** Standard normal noise of the same shape. */
-  noise: t.Tensor;
-  /** Noise level of each item, 0 to 1: [batch] */
-  sigma: t.Tensor;
+/** What the transformer is trained on: the noised latent, the velocity there, and the timestep's embedding. */
+export interface FlowBatch {
+  /** (1 - sigma) latent + sigma noise: [batch, channels, height, width] */
+  readonly latent: t.FloatTensor;
+  /** noise - latent */
+  readonly target: t.FloatTensor;
+  /** [batch, timestepWidth] */
+  readonly timestep: t.FloatTensor;
 }
 
 /**
- * The rectified-flow loss (SD3 paper, section 2): the mean square of v(z, sigma) - (noise - latent) at
- * z = (1 - sigma) latent + sigma noise.
- * @param conditioning context and pooled text, given or computed by text encoders in the same program
+ * A batch on the straight paths from latents to noise (rectified flow; SD3 paper, section 2).
+ * @param latent clean latents in the transformer's scale: [batch, channels, height, width]
+ * @param noise standard normal, of the same shape
+ * @param sigma noise level of each item, 0 to 1
+ */
+export function flowBatch(
+  latent: t.FloatTensor,
+  noise: t.FloatTensor,
+  sigma: ArrayLike<number>,
+  { timestepWidth }: Pick<TransformerConfig, 'timestepWidth'>,
+): FlowBatch {
+  const { shape, data } = latent;
+  const itemSize = data.length / sigma.length;
+  const noisy = new Float32Array(data.length);
+  const target = new Float32Array(data.length);
+  for (let i = 0; i < data.length; i++) {
+    const level = sigma[Math.floor(i / itemSize)]!;
+    noisy[i] = (1 - level) * data[i]! + level * noise.data[i]!;
+    target[i] = noise.data[i]! - data[i]!;
+  }
+  return {
+    latent: t.floats(shape, noisy),
+    target: t.floats(shape, target),
+    timestep: timestepEmbedding(
+      Float32Array.from(sigma, (level) => TIMESTEP_SCALE * level),
+      timestepWidth,
+    ),
+  };
+}
+
+/**
+ * The mean square of v - target over a batch, each item times its `weight` [batch] where the batch brings weights.
+ * Takes the input `target` of {@link flowBatch}.
+ */
+export function velocityError(velocity: t.Tensor, { weighted = false }: { weighted?: boolean } = {}): t.Tensor {
+  const square = t.square(t.subtract(velocity, t.input('target', 'float32', velocity.shape)));
+  if (!weighted) return t.mean(square);
+  const batch = t.size(velocity, 0);
+  return t.mean(t.multiply(square, t.reshape(t.input('weight', 'float32', [batch]), [batch, 1, 1, 1])));
+}
+
+/**
+ * The rectified-flow loss of the whole transformer: the mean square of v(z, sigma) - (noise - latent) (SD3 paper,
+ * section 2). Inputs: those of {@link flowBatch}, `context`, `pooled` and `corner`.
+ * @param given conditioning computed by text encoders in the same program
  */
 export function velocityLoss(
   config: TransformerConfig,
   weights: Weights,
-  conditioning?: Pick<TransformerInputs, 'context' | 'pooled'>,
+  given?: Pick<TransformerInputs, 'context' | 'pooled'>,
 ): t.Tensor {
-  const inputs = { ...transformerInputs(config), ...conditioning };
-  const latent = inputs.latent;
-  const noise = t.input('noise', 'float32', latent.shape);
-  const sigma = t.reshape(t.input('sigma', 'float32', [t.size(latent, 0)]), [t.size(latent, 0), 1, 1, 1]);
-  const noisy = t.add(t.multiply(t.subtract(1, sigma), latent), t.multiply(sigma, noise));
-  const predicted = mmditx(config, weights, { ...inputs, latent: noisy });
-  return t.mean(t.square(t.subtract(predicted, t.subtract(noise, latent))));
-}
-
-/** What {@link velocityLoss} needs besides latent, noise, sigma and conditioning. */
-export function timestepInput(sigma: ArrayLike<number>, { timestepWidth }: TransformerConfig): t.FloatTensor {
-  return timestepEmbedding(
-    Float32Array.from(sigma, (level) => TIMESTEP_SCALE * level),
-    timestepWidth,
-  );
+  return velocityError(mmditxSegment(config, weights, 0, stageCount(config), given).outputs.velocity!);
 }
 
 export interface AutoencoderLossOptions {

@@ -1,51 +1,28 @@
 /**
- * One optimiser over one loss: the program of a loss and its gradients, the parameters, AdamW, and the state that a
- * run continues from. What the loss is and where batches come from is for the caller to say.
+ * The optimiser: gradients of one or several batches to one step of AdamW, the moving average, and the state that a run
+ * continues from. What the loss is and where batches come from is for the caller to say.
  */
 
-import type { Weights } from '../models/weights.ts';
-import type { Runtime } from '../runtime/runtime.ts';
 import { elementCount, type FloatTensor, floats, type TensorData } from '../tensor/data.ts';
-import { gradients, leaves, parameter, type Tensor } from '../tensor/index.ts';
 import { type AdamWOptions, adamwStep, globalNorm, type Moments, zeroMoments } from './adamw.ts';
-
-/** Parameters being trained, by name. Values change in place. */
-export type Parameters = Map<string, FloatTensor>;
-
-/** Weights that {@link createTrainer} trains: each name becomes a parameter of the program. */
-export function trainableWeights(): { weights: Weights; parameters: ReadonlyMap<string, Tensor> } {
-  const parameters = new Map<string, Tensor>();
-  return {
-    parameters,
-    weights(name, shape) {
-      const weight = parameters.get(name) ?? parameter(name, 'float32', shape);
-      parameters.set(name, weight);
-      return weight;
-    },
-  };
-}
+import type { Batch, BatchGradients, GradientSource, Parameters } from './gradients.ts';
 
 export interface TrainerOptions {
-  /** What is minimised, a scalar. */
-  loss: Tensor;
-  /** Further scalars to report. */
-  metrics?: Readonly<Record<string, Tensor>>;
-  /** Initial values; a parameter of the loss without a value is an error. */
+  /** Initial values of the parameters, by name; those that `source` trains change in place. */
   values: Parameters;
-  /** Names of parameters that keep their values (default none). */
-  frozen?: (name: string) => boolean;
   optimizer?: AdamWOptions;
   /** Largest global norm of the gradients; larger ones are scaled down (default 1). */
   clip?: number;
   /** Decay of an exponential moving average of the parameters at each of its updates (default none). */
-  averageDecay?: number;
+  averageDecay?: number | undefined;
   /** Steps between two updates of the average (default 1; SD3's ablations: 100, with a decay of 0.99). */
-  averageEvery?: number;
+  averageEvery?: number | undefined;
 }
 
 export interface StepReport {
   /** Steps taken so far. */
   readonly step: number;
+  /** Mean over the batches of the step. */
   readonly loss: number;
   /** Global norm of the gradients before clipping. */
   readonly norm: number;
@@ -53,52 +30,53 @@ export interface StepReport {
 }
 
 export interface Trainer {
-  /** One step on a batch. Throws a RangeError when the loss is not finite; the parameters are then unchanged. */
-  step(batch: Readonly<Record<string, TensorData>>, learningRate: number): Promise<StepReport>;
+  /**
+   * One step on one or several batches, whose gradients are averaged.
+   * @throws NotFiniteError when a loss or gradient is not finite; the parameters are then unchanged
+   */
+  step(batches: Batch | readonly Batch[], learningRate: number): Promise<StepReport>;
+  readonly steps: number;
   readonly parameters: Parameters;
   /** The moving average, or the parameters themselves without one. */
   readonly average: Parameters;
   /** Everything a later run needs to go on as if never stopped. */
   state(): Map<string, TensorData>;
+  /** @throws RangeError when the state is of other parameters; nothing has changed then */
   restore(state: ReadonlyMap<string, TensorData>): void;
-  dispose(): Promise<void>;
 }
 
-export async function createTrainer(runtime: Runtime, options: TrainerOptions): Promise<Trainer> {
-  const {
-    loss,
-    metrics = {},
-    values,
-    frozen = () => false,
-    optimizer,
-    clip = 1,
-    averageDecay,
-    averageEvery = 1,
-  } = options;
-  const all = leaves({ outputs: { loss } }).parameters;
-  const missing = all.find(({ name }) => !values.has(name!));
-  if (missing) throw new RangeError(`The parameter ${missing.name} has no initial value.`);
-  const trained = all.filter(({ name }) => !frozen(name!));
-  const names = trained.map(({ name }) => name!);
-  const outputs: Record<string, Tensor> = { loss, ...metrics };
-  for (const [i, gradient] of gradients(loss, trained).entries()) outputs[`gradient ${names[i]}`] = gradient;
-  const executable = await runtime.compile({ outputs }, { bind: () => 'input' });
+/** A loss or gradient became infinite or undefined. */
+export class NotFiniteError extends Error {
+  override readonly name = 'NotFiniteError';
+  readonly step: number;
+  constructor(step: number, loss: number, norm: number) {
+    super(`the loss is ${loss} with a gradient norm of ${norm}`);
+    this.step = step;
+  }
+}
 
+/** @throws RangeError where a trained parameter has no initial value */
+export function createTrainer(source: GradientSource, options: TrainerOptions): Trainer {
+  const { values, optimizer, clip = 1, averageDecay, averageEvery = 1 } = options;
+  const names = source.trained;
+  const missing = names.find((name) => !values.has(name));
+  if (missing !== undefined) throw new RangeError(`The parameter ${missing} has no initial value.`);
   const moments = new Map<string, Moments>(names.map((name) => [name, zeroMoments(values.get(name)!.data.length)]));
   const average: Parameters = averageDecay ? new Map(names.map((name) => [name, copyOf(values.get(name)!)])) : values;
   let steps = 0;
 
   return {
+    get steps() {
+      return steps;
+    },
     parameters: values,
     average,
-    async step(batch, learningRate) {
-      const results = await executable.run({ ...batch, ...parameterInputs(all, values) });
-      const scalarOf = (name: string) => Number(results[name]!.data[0]);
-      const gradientOf = (name: string) => results[`gradient ${name}`]!.data as Float32Array;
+    async step(batches, learningRate) {
+      const list = Array.isArray(batches) ? (batches as readonly Batch[]) : [batches as Batch];
+      const { loss, metrics, gradients } = await meanOf(source, list, values);
+      const gradientOf = (name: string) => gradients.get(name)!;
       const norm = globalNorm(names.map(gradientOf));
-      if (!Number.isFinite(scalarOf('loss')) || !Number.isFinite(norm)) {
-        throw new RangeError(`The loss is ${scalarOf('loss')} with a gradient norm of ${norm} at step ${steps + 1}.`);
-      }
+      if (!Number.isFinite(loss) || !Number.isFinite(norm)) throw new NotFiniteError(steps + 1, loss, norm);
       steps++;
       const scale = norm > clip ? clip / norm : 1;
       for (const name of names) {
@@ -109,8 +87,7 @@ export async function createTrainer(runtime: Runtime, options: TrainerOptions): 
           follow(average.get(name)!.data, data, Math.min(averageDecay, (1 + updates) / (10 + updates)));
         }
       }
-      const reported = Object.fromEntries(Object.keys(metrics).map((name) => [name, scalarOf(name)]));
-      return { step: steps, loss: scalarOf('loss'), norm, metrics: reported };
+      return { step: steps, loss, norm, metrics };
     },
     state() {
       const state = new Map<string, TensorData>();
@@ -126,12 +103,13 @@ export async function createTrainer(runtime: Runtime, options: TrainerOptions): 
       return state;
     },
     restore(state) {
+      const loads: [Float32Array, Float32Array][] = [];
       const load = (key: string, target: Float32Array) => {
         const stored = state.get(key);
         if (stored?.dtype !== 'float32' || elementCount(stored.shape) !== target.length) {
           throw new RangeError(`The training state has no fitting "${key}"; it belongs to another model.`);
         }
-        target.set(stored.data as Float32Array);
+        loads.push([target, stored.data as Float32Array]);
       };
       for (const name of names) {
         load(`parameter.${name}`, values.get(name)!.data);
@@ -139,17 +117,37 @@ export async function createTrainer(runtime: Runtime, options: TrainerOptions): 
         load(`second.${name}`, moments.get(name)!.second);
         if (averageDecay) load(`average.${name}`, average.get(name)!.data);
       }
+      for (const [target, stored] of loads) target.set(stored);
       steps = Number(state.get('step')!.data[0]);
     },
-    dispose: () => executable.dispose(),
   };
 }
 
-/** The values of a program's parameters in the shapes it computes with, which need not be those of the file. */
-export function parameterInputs(parameters: readonly Tensor[], values: Parameters): Record<string, FloatTensor> {
-  return Object.fromEntries(
-    parameters.map(({ name, shape }) => [name!, floats(shape as number[], values.get(name!)!.data)]),
-  );
+/** Means of loss, metrics and gradients over batches. */
+async function meanOf(source: GradientSource, batches: readonly Batch[], values: Parameters): Promise<BatchGradients> {
+  const [first, ...rest] = batches;
+  const total = await source.compute(first!, values);
+  if (rest.length === 0) return total;
+  let { loss } = total;
+  const metrics: Record<string, number> = { ...total.metrics };
+  for (const batch of rest) {
+    const next = await source.compute(batch, values);
+    loss += next.loss;
+    for (const [name, value] of Object.entries(next.metrics)) metrics[name] = (metrics[name] ?? 0) + value;
+    for (const [name, gradient] of next.gradients) add(total.gradients.get(name)!, gradient);
+  }
+  const share = 1 / batches.length;
+  for (const name of Object.keys(metrics)) metrics[name]! *= share;
+  for (const gradient of total.gradients.values()) scaleBy(gradient, share);
+  return { loss: loss * share, metrics, gradients: total.gradients };
+}
+
+function add(sum: Float32Array, term: Float32Array): void {
+  for (let i = 0; i < sum.length; i++) sum[i]! += term[i]!;
+}
+
+function scaleBy(values: Float32Array, factor: number): void {
+  for (let i = 0; i < values.length; i++) values[i]! *= factor;
 }
 
 function copyOf({ shape, data }: FloatTensor): FloatTensor {

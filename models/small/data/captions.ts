@@ -83,6 +83,17 @@ export function caption(object: PictureObject, style: Style, background: Backgro
   return fill(template, object, style, background);
 }
 
+/** Every phrasing as a line of a caption file, with `{colour}` and `{a colour}` left for the background. */
+export function captionLines(object: PictureObject, style: Style): string[] {
+  const blank: Background = { name: '{colour}', rgb: [0, 0, 0] };
+  return TEMPLATES.map((template) => fill(template, object, style, blank).replace(/an? \{colour\}/g, '{a colour}'));
+}
+
+/** What stands for `{colour}` and `{a colour}` over a background. */
+export function backgroundWords({ name }: Background): Record<string, string> {
+  return { colour: name, 'a colour': withArticle(name) };
+}
+
 /** The caption in its plain phrasing: "flat fox on a teal background". */
 export function canonicalPrompt(object: PictureObject, style: Style, background: Background): string {
   return fill(CANONICAL_TEMPLATE, object, style, background);

@@ -1,0 +1,429 @@
+/** A training run from its configuration to its model: stage after stage, each from what the one before made. */
+
+import { rm } from 'node:fs/promises';
+import { join, relative } from 'node:path';
+import { MmditxError } from '../errors.ts';
+import { writePng } from '../image/files.node.ts';
+import { fitPreviewFactors } from '../image/preview.ts';
+import { latentOf, loadAutoencoder } from '../models/autoencoder.ts';
+import { DEFAULTS_KEY, PREVIEW_KEY } from '../pipeline/defaults.ts';
+import { readTokenizers } from '../pipeline/open.node.ts';
+import { createPipeline } from '../pipeline/pipeline.ts';
+import { fastestRuntime } from '../runtime/fastest.node.ts';
+import { nodeRuntime } from '../runtime/node.node.ts';
+import type { Runtime } from '../runtime/runtime.ts';
+import type { FloatTensor } from '../tensor/data.ts';
+import { type PartName, partTitles } from '../weights/checkpoint.ts';
+import { fileSource } from '../weights/files.node.ts';
+import { type Lora, openLora } from '../weights/lora.ts';
+import { autoencoderWork } from './autoencoder.node.ts';
+import { allViews, type Entry, stepRandom, VALIDATION_STREAM } from './batches.ts';
+import type { DiffusionStage, StageConfig, TrainConfig } from './config.ts';
+import { readTrainConfig, type TrainConfigFile } from './config-file.node.ts';
+import { entryCaptions, type ReadData, readData, stageEntries } from './datasets.node.ts';
+import { type DiffusionWork, diffusionWork } from './diffusion.node.ts';
+import { openEncodedCache } from './encoded-cache.node.ts';
+import { createEncodings } from './encodings.node.ts';
+import { openTrainLog, type TrainLog, type TrainReporter, trainReporter } from './log.node.ts';
+import type { RunPosition, SamplePicture, TrainEvent } from './log.ts';
+import { exportModel, openModel, type TrainingModel, withFile, withPart } from './model.node.ts';
+import {
+  lockRun,
+  type RunFolder,
+  readStageRecord,
+  runFolder,
+  type StageRecord,
+  stageFingerprint,
+  writeStageRecord,
+} from './run-folder.node.ts';
+import { restoreStage, runStage, type StageLoopOptions, type StageWork } from './stage.node.ts';
+import { TOKENIZER_FILES, trainTokenizers } from './tokenizers.node.ts';
+
+export interface TrainOptions {
+  /** Stops between two steps, after saving the state. */
+  signal?: AbortSignal | undefined;
+  /** Called with everything that the log is told. */
+  onEvent?: (event: TrainEvent) => void;
+  /** Called while pictures are read and encoded. */
+  onPreparation?: (progress: { readonly what: string; readonly done: number; readonly total: number }) => void;
+  /** Runs the networks (default: the configured device, or the fastest). */
+  runtime?: Runtime;
+}
+
+export interface TrainResult {
+  /** The exported model, or the files that the last stage made. */
+  readonly files: readonly string[];
+  readonly folder: string;
+}
+
+/**
+ * Trains as a configuration file says, from the beginning or from where the run stopped.
+ * @throws MmditxError for a wrong configuration before any work; `not-finite`, `io`; the signal's reason
+ */
+export async function train(configPath: string, options: TrainOptions = {}): Promise<TrainResult> {
+  const file = await readTrainConfig(configPath);
+  const folder = runFolder(file.output);
+  const unlock = await lockRun(folder);
+  try {
+    return await run(file, folder, options);
+  } finally {
+    await unlock();
+  }
+}
+
+async function run(file: TrainConfigFile, folder: RunFolder, options: TrainOptions): Promise<TrainResult> {
+  const { config, resolve } = file;
+  const { signal, onPreparation } = options;
+  const runtime =
+    options.runtime ??
+    (config.device
+      ? nodeRuntime({ device: config.device, ...threadsOf(config) })
+      : await fastestRuntime(threadsOf(config)));
+  const data = await readData(config, resolve, {
+    signal,
+    onProgress: (name, done, total) => onPreparation?.({ what: `Reading ${name}`, done, total }),
+  });
+  const journal = createJournal(config, folder, options);
+  const context: RunContext = { ...file, folder, runtime, data, journal, options };
+  let model = await openModel(config, resolve, journal.note);
+  const digests = [...data.values()].flatMap(({ training, heldOut }) =>
+    [...training, ...heldOut].map(({ digest }) => digest),
+  );
+  let made: string[] = [];
+  try {
+    for (const [index, stage] of config.stages.entries()) {
+      model = await withFreshParts(context, model, stage);
+      const stageFolder = folder.stage(index, stage);
+      const fingerprint = stageFingerprint(config, index, digests);
+      let record = await readStageRecord(stageFolder);
+      if (record && record.fingerprint !== fingerprint) {
+        throw new MmditxError(
+          'bad-option',
+          `Stage "${stage.name}" in ${folder.path} was made with another configuration or other pictures; ` +
+            'undo the change, or give the run another "output".',
+        );
+      }
+      record ??= await runStageOf(context, model, stage, index, fingerprint);
+      for (const part of record.parts) model = await withFile(model, join(stageFolder, part));
+      if (record.tokenizers) {
+        const tokenizers = await readTokenizers({ tokenizers: {} }, stageFolder, {
+          clipTokenizer: join(stageFolder, TOKENIZER_FILES.clip),
+          t5Tokenizer: join(stageFolder, TOKENIZER_FILES.t5),
+        });
+        model = { ...model, tokenizers };
+      }
+      if (record.lora !== undefined) model = { ...model, lora: join(stageFolder, record.lora) };
+      const names = [...record.parts, ...(record.lora === undefined ? [] : [record.lora])];
+      made = names.map((name) => join(stageFolder, name));
+    }
+    if (config.export) {
+      made = [resolve(config.export.file)];
+      await exportAll(context, model, made[0]!);
+    }
+    await journal.end('finished');
+    return { files: made, folder: folder.path };
+  } catch (error) {
+    const stopped = signal?.aborted && error === signal.reason;
+    await journal.end(
+      stopped ? 'stopped' : 'failed',
+      stopped ? undefined : String(error instanceof Error ? error.message : error),
+    );
+    throw error;
+  } finally {
+    await model.close();
+  }
+}
+
+/** The log and the report of a run. */
+interface Journal {
+  /** Begins to write, after what happened before a position; what was emitted before follows. Does nothing when it is open. */
+  open(at: RunPosition): Promise<void>;
+  emit(event: TrainEvent): void;
+  note(message: string): void;
+  end(reason: 'finished' | 'stopped' | 'failed', message?: string): Promise<void>;
+}
+
+interface RunContext extends TrainConfigFile {
+  readonly folder: RunFolder;
+  readonly runtime: Runtime;
+  readonly data: ReadonlyMap<string, ReadData>;
+  readonly journal: Journal;
+  readonly options: TrainOptions;
+}
+
+function createJournal(config: TrainConfig, folder: RunFolder, { onEvent }: TrainOptions): Journal {
+  const waiting: TrainEvent[] = [];
+  let log: TrainLog | undefined;
+  let reporter: TrainReporter | undefined;
+  let position: RunPosition = { stage: 0, step: 0 };
+  const emit = (event: TrainEvent) => {
+    onEvent?.(event);
+    if (event.type !== 'start') position = { stage: event.stage, step: event.step };
+    if (log) void log.append(event);
+    else waiting.push(event);
+  };
+  const now = () => new Date().toISOString();
+  const note = (message: string) => emit({ type: 'note', time: now(), ...position, message });
+  return {
+    async open(at) {
+      position = at;
+      if (log) return;
+      const onProblem = (message: string) => onEvent?.({ type: 'note', time: now(), ...position, message });
+      log = await openTrainLog(folder.log, { at, onProblem });
+      reporter = trainReporter({ folder: folder.path, log, title: config.name, onProblem });
+      const before = config.stages.slice(0, at.stage).reduce((sum, stage) => sum + stepsOf(stage), 0) + at.step;
+      emit({
+        type: 'start',
+        time: now(),
+        name: config.name,
+        stages: config.stages.map((stage) => ({ name: stage.name, steps: stepsOf(stage) })),
+        settings: { ...config },
+        ...(before > 0 && { resumedFrom: before }),
+      });
+      for (const event of waiting.splice(0))
+        void log.append({ ...event, ...(event.type !== 'start' && at) } as TrainEvent);
+    },
+    emit,
+    note,
+    async end(reason, message) {
+      if (!log) return;
+      emit({ type: 'end', time: now(), ...position, reason, ...(message !== undefined && { message }) });
+      await log.flush();
+      await reporter?.close();
+      await log.close();
+    },
+  };
+}
+
+function stepsOf(stage: StageConfig): number {
+  return stage.train === 'tokenizers' ? 0 : stage.steps;
+}
+
+function threadsOf({ threads }: TrainConfig): { threads?: number } {
+  return threads === undefined ? {} : { threads };
+}
+
+/** Adds the networks that a stage needs and no file has. */
+async function withFreshParts(context: RunContext, model: TrainingModel, stage: StageConfig): Promise<TrainingModel> {
+  const { config, folder } = context;
+  const wanted: PartName[] =
+    stage.train === 'autoencoder'
+      ? ['vae']
+      : stage.train === 'diffusion'
+        ? ['vae', ...(config.networks ? (['clipL', 'clipG', 't5'] as const) : []), 'transformer']
+        : [];
+  let complete = model;
+  for (const part of wanted) complete = await withPart(complete, part, config, folder.initial);
+  return complete;
+}
+
+/** Runs a stage, or what is left of it. */
+async function runStageOf(
+  context: RunContext,
+  model: TrainingModel,
+  stage: StageConfig,
+  index: number,
+  fingerprint: string,
+): Promise<StageRecord> {
+  const { folder, data, journal } = context;
+  const output = folder.stage(index, stage);
+  const entries = stageEntries(data, stage.data);
+  if (stage.train === 'tokenizers') {
+    await journal.open({ stage: index, step: 0 });
+    await trainTokenizers(stage, [...entries.training, ...entries.heldOut], output);
+    return finish(output, { fingerprint, parts: [], tokenizers: true });
+  }
+  if (stage.train === 'autoencoder') {
+    const { config, runtime } = context;
+    const work = await autoencoderWork({ config, stage, index, model, runtime, training: entries.training });
+    try {
+      await runWork(context, work, stage, index, fingerprint);
+      return await finish(output, { fingerprint, ...relativeTo(output, await work.write(output)) });
+    } finally {
+      await work.dispose();
+    }
+  }
+  const { encodings, usable, cached } = await encode(context, model, stage, entries);
+  try {
+    const { config, runtime, resolve } = context;
+    const work = await diffusionWork({ config, stage, index, model, runtime, ...usable, encodings, cached, resolve });
+    try {
+      const sample = config.samples && ((step: number) => drawSamples(context, model, work, stage, step));
+      await runWork(context, { ...work, ...(sample && { sample }) }, stage, index, fingerprint);
+      return await finish(output, { fingerprint, ...relativeTo(output, await work.write(output)) });
+    } finally {
+      await work.dispose();
+    }
+  } finally {
+    await encodings.dispose();
+  }
+}
+
+async function finish(folder: string, record: StageRecord): Promise<StageRecord> {
+  await writeStageRecord(folder, record);
+  return record;
+}
+
+function relativeTo(folder: string, { parts, lora }: { readonly parts: readonly string[]; readonly lora?: string }) {
+  return {
+    parts: parts.map((path) => relative(folder, path)),
+    ...(lora !== undefined && { lora: relative(folder, lora) }),
+  };
+}
+
+async function runWork(
+  { config, folder, journal, options }: RunContext,
+  work: StageWork,
+  stage: Exclude<StageConfig, { train: 'tokenizers' }>,
+  index: number,
+  fingerprint: string,
+): Promise<void> {
+  const loop: StageLoopOptions = {
+    config,
+    stage,
+    index,
+    checkpoints: folder.checkpoints,
+    fingerprint,
+    emit: journal.emit,
+    signal: options.signal,
+  };
+  const problems: string[] = [];
+  const { step, file } = await restoreStage(work.trainer, loop, (message) => problems.push(message));
+  await journal.open({ stage: index, step });
+  for (const message of problems) journal.note(message);
+  await runStage(work, loop, file);
+}
+
+/** Encodes what a diffusion stage shows, as far as it can be known before; pictures that cannot be decoded are left out. */
+async function encode(
+  context: RunContext,
+  model: TrainingModel,
+  stage: DiffusionStage,
+  entries: { training: readonly Entry[]; heldOut: readonly Entry[] },
+) {
+  const { config, folder, runtime, resolve, journal, options } = context;
+  const { signal, onPreparation } = options;
+  const cached = config.cache !== false;
+  const cache = cached
+    ? await openEncodedCache(typeof config.cache === 'string' ? resolve(config.cache) : folder.cache)
+    : undefined;
+  const { parts, files, tokenizers } = model;
+  const encodings = createEncodings({ checkpoint: { parts, files, tokenizers }, runtime, ...(cache && { cache }) });
+  if (!cached) return { encodings, usable: entries, cached };
+  const work = encodingWork([...entries.training, ...entries.heldOut], stage);
+  const skipped = new Set<string>();
+  await encodings.fill(work, {
+    signal,
+    onProgress: ({ part, done, total }) =>
+      onPreparation?.({ what: `Encoding with the ${partTitles[part]}`, done, total }),
+    onSkip: ({ picture }, error) => {
+      if (!skipped.has(picture.path)) journal.note(error.message);
+      skipped.add(picture.path);
+    },
+  });
+  const usable = (list: readonly Entry[]) => list.filter(({ picture }) => !skipped.has(picture.path));
+  return { encodings, usable: { training: usable(entries.training), heldOut: usable(entries.heldOut) }, cached };
+}
+
+/** More texts than this are encoded when they are shown: each takes a file. */
+const MOST_TEXTS_AHEAD = 20_000;
+
+/** Every view that a stage can show, and its texts where they are not too many. */
+export function encodingWork(entries: readonly Entry[], { textEncoders }: Pick<DiffusionStage, 'textEncoders'>) {
+  const texts = new Set<string>(['']);
+  const latents: { picture: Entry['picture']; view: ReturnType<typeof allViews>[number] }[] = [];
+  const seen = new Set<Entry>();
+  for (const entry of entries) {
+    if (seen.has(entry)) continue;
+    seen.add(entry);
+    for (const view of allViews(entry)) latents.push({ picture: entry.picture, view });
+    if (textEncoders === 'frozen') for (const text of entryCaptions(entry) ?? []) texts.add(text);
+  }
+  const ahead = textEncoders === 'frozen' && texts.size <= MOST_TEXTS_AHEAD;
+  return { latents, texts: ahead ? [...texts] : [] };
+}
+
+/** Draws the sample pictures with the weights of the moment. */
+async function drawSamples(
+  { config, folder, runtime }: RunContext,
+  model: TrainingModel,
+  work: DiffusionWork,
+  stage: DiffusionStage,
+  step: number,
+): Promise<SamplePicture[]> {
+  const current = join(folder.samples, '.current');
+  const written = await work.write(current);
+  let sampled: TrainingModel = { ...model, close: async () => undefined };
+  for (const path of written.parts) sampled = await withFile(sampled, path);
+  const lora = written.lora === undefined ? undefined : await readLora(written.lora);
+  const pipeline = createPipeline({
+    checkpoint: sampled,
+    runtime,
+    tokenizers: model.tokenizers,
+    model: { name: config.name, hash: null },
+  });
+  try {
+    const pictures: SamplePicture[] = [];
+    const { prompts, steps, cfg } = config.samples!;
+    for (const [i, { prompt, negative, size, seed }] of prompts.entries()) {
+      const [width, height] = size ?? [pipeline.defaults.width, pipeline.defaults.height];
+      const [image] = await pipeline.generate({
+        prompt,
+        negativePrompt: negative,
+        width,
+        height,
+        steps,
+        cfg,
+        seed,
+        ...(lora && { loras: [{ lora, strength: 1 }] }),
+      });
+      const file = join(folder.samples, `${stage.name}-${String(step).padStart(6, '0')}-${i + 1}.png`);
+      await writePng(file, image!.png());
+      pictures.push({ prompt, seed, file: relative(folder.path, file), width, height });
+    }
+    return pictures;
+  } finally {
+    await pipeline.dispose();
+    await sampled.close();
+    await rm(current, { recursive: true, force: true });
+  }
+}
+
+async function readLora(path: string): Promise<Lora> {
+  const source = await fileSource(path);
+  try {
+    return await openLora(source);
+  } finally {
+    await source.close();
+  }
+}
+
+/** Latents that the preview's factors are fitted on. */
+const PREVIEW_LATENTS = 200;
+
+/** Writes the finished model with what it says about its use. */
+async function exportAll(context: RunContext, model: TrainingModel, path: string): Promise<void> {
+  const { config, data, runtime } = context;
+  const { precision, defaults } = config.export!;
+  const last = config.stages.findLast((stage) => stage.train === 'diffusion');
+  const metadata: Record<string, string> = { [DEFAULTS_KEY]: JSON.stringify(defaults) };
+  if (last && model.parts.vae) {
+    const { training } = stageEntries(data, last.data);
+    const random = stepRandom(config.seed, VALIDATION_STREAM);
+    const chosen = [...random.permutation(training.length)].slice(0, PREVIEW_LATENTS).map((i) => training[i]!);
+    const { encodings } = await encode(context, model, last, { training: chosen, heldOut: [] });
+    const vae = loadAutoencoder(runtime, model.parts.vae);
+    const latents: FloatTensor[] = [];
+    for (const entry of chosen) {
+      const [moments] = await encodings.latents([{ picture: entry.picture, view: allViews(entry)[0]! }]);
+      latents.push(latentOf(moments!, model.parts.vae.config));
+    }
+    const factors = await fitPreviewFactors((latent) => vae.decode(latent), model.parts.vae.config.latentChannels, {
+      latents,
+    });
+    metadata[PREVIEW_KEY] = JSON.stringify(factors);
+    await vae.dispose();
+    await encodings.dispose();
+  }
+  await exportModel(model, path, { precision, metadata });
+}
