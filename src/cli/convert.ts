@@ -1,19 +1,17 @@
 /** `mmditx convert`: a model in another precision, as one file that is mapped into memory as it is. */
 
-import { realpath, statfs } from 'node:fs/promises';
-import { dirname } from 'node:path';
+import { realpath } from 'node:fs/promises';
 import { type Command, Option } from 'commander';
 import { MmditxError } from '../errors.ts';
 import { openFiles } from '../index.node.ts';
 import { writeFileAtomically } from '../weights/atomic.node.ts';
 import { partNames, partTitles } from '../weights/checkpoint.ts';
 import { convertedMetadata, type Precision, partPrefixes, plannedTensors } from '../weights/convert.ts';
-import { formatBytes } from '../weights/download.node.ts';
 import { CLIP_TOKENIZER_KEY, T5_TOKENIZER_KEY } from '../weights/metadata.ts';
 import { plannedSafetensorsBytes, plannedSafetensorsChunks } from '../weights/safetensors.ts';
 import type { Context } from './context.ts';
 import { createProgress } from './progress.ts';
-import { makeFolderOf, requireWritable } from './writable.ts';
+import { makeFolderOf, requireRoom, requireWritable } from './writable.ts';
 
 interface ConvertFlags {
   readonly precision: Precision;
@@ -80,13 +78,4 @@ Example:
         await close();
       }
     });
-}
-
-async function requireRoom(path: string, bytes: number): Promise<void> {
-  const { bavail, bsize } = await statfs(dirname(path));
-  if (bytes <= bavail * bsize) return;
-  throw new MmditxError(
-    'io',
-    `${path} will have ${formatBytes(bytes)} and only ${formatBytes(bavail * bsize)} is free there; free some space or choose another folder.`,
-  );
 }

@@ -4,9 +4,11 @@ import { MmditxError } from '../errors.ts';
 import { VERSION } from '../version.ts';
 import type { Context } from './context.ts';
 import { addConvert } from './convert.ts';
+import { addDataset, addEncode } from './dataset.ts';
 import { addDownload } from './download.ts';
 import { addGenerate } from './generate.ts';
 import { addInspect } from './inspect.ts';
+import { addLora } from './lora.ts';
 import { addProbe } from './probe.ts';
 import { addTrain } from './train.ts';
 
@@ -61,6 +63,9 @@ Examples:
   addInspect(program, context);
   addConvert(program, context);
   addTrain(program, context);
+  addEncode(program, context);
+  addDataset(program, context);
+  addLora(program, context);
   addProbe(program, context);
   return program;
 }

@@ -1,7 +1,7 @@
 /** `mmditx train`: pretraining, fine-tuning, LoRA, the autoencoder and tokenizers, as a configuration file says. */
 
 import type { Command } from 'commander';
-import { train } from '../training/train.node.ts';
+import { type TrainOptions, train } from '../training/train.node.ts';
 import type { Context } from './context.ts';
 import { createTrainProgress } from './train-progress.ts';
 
@@ -26,18 +26,11 @@ Example:
     )
     .action(async (config: string, flags: TrainFlags) => {
       const progress = createTrainProgress(context.stderr, { quiet: flags.quiet === true });
-      const shown = new Map<string, number>();
       try {
         const { files, folder } = await train(config, {
           signal: context.signal,
           onEvent: (event) => progress.event(event),
-          onPreparation: ({ what, done, total }) => {
-            // A line at each tenth.
-            const tenth = Math.floor((10 * done) / total);
-            if (flags.quiet || shown.get(what) === tenth) return;
-            shown.set(what, tenth);
-            progress.say(`${what}: ${done} of ${total}`);
-          },
+          ...(!flags.quiet && { onPreparation: preparationLines(progress.say) }),
         });
         for (const file of files) context.stdout.write(`${file}\n`);
         if (!flags.quiet) progress.say(`Report: ${folder}/report.html`);
@@ -46,3 +39,16 @@ Example:
       }
     });
 }
+
+/** Tells of long preparations with a line at each tenth. */
+export function preparationLines(say: (line: string) => void): NonNullable<TrainOptions['onPreparation']> {
+  const shown = new Map<string, number>();
+  return ({ what, done, total }) => {
+    const tenth = Math.floor((10 * done) / total);
+    if (total < LONG || shown.get(what) === tenth) return;
+    shown.set(what, tenth);
+    say(`${what}: ${done} of ${total}`);
+  };
+}
+/** Pieces from which on a preparation is told about. */
+const LONG = 200;

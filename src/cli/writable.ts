@@ -1,8 +1,10 @@
 /** Finding out before hours of work whether its result can be written. */
 import { randomUUID } from 'node:crypto';
-import { mkdir, open, rm, stat } from 'node:fs/promises';
+import { mkdir, open, rm, stat, statfs } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
+import { MmditxError } from '../errors.ts';
 import { ioError } from '../weights/atomic.node.ts';
+import { formatBytes } from '../weights/download.node.ts';
 
 /**
  * Tries to make a file in the folder of `path` and removes it again; permissions alone tell too little (read-only file
@@ -45,4 +47,17 @@ async function makeFolder(folder: string): Promise<void> {
     // Another program was faster.
     if (error.code !== 'EEXIST') throw error;
   });
+}
+
+/**
+ * Checks that there is room for a file of some size.
+ * @throws MmditxError `io`
+ */
+export async function requireRoom(path: string, bytes: number): Promise<void> {
+  const { bavail, bsize } = await statfs(dirname(path));
+  if (bytes <= bavail * bsize) return;
+  throw new MmditxError(
+    'io',
+    `${path} will have ${formatBytes(bytes)} and only ${formatBytes(bavail * bsize)} is free there; free some space or choose another folder.`,
+  );
 }

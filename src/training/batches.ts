@@ -16,6 +16,8 @@ export interface Entry {
   /** Of the data set in the configuration. */
   readonly dataset: string;
   readonly size: PictureSize;
+  /** What the picture is resized to before the crop, where buckets say so. */
+  readonly resized?: PictureSize;
   /** Index into the data set's backgrounds. */
   readonly background: number;
 }
@@ -28,7 +30,7 @@ export function entriesOf(dataset: string, config: DatasetConfig, pictures: read
     for (let background = 0; background < config.backgrounds.length; background++) {
       const chosen = config.assign === 'every' ? sizeOf : [sizeOf[(index + background) % sizeOf.length]!];
       for (const size of chosen) {
-        const entry: Entry = { picture, config, dataset, size: size(picture), background };
+        const entry: Entry = { picture, config, dataset, ...size(picture), background };
         for (let repeat = 0; repeat < config.repeats; repeat++) entries.push(entry);
       }
     }
@@ -36,14 +38,20 @@ export function entriesOf(dataset: string, config: DatasetConfig, pictures: read
   return entries;
 }
 
-/** The size at which a picture is shown: that of its bucket, or the same for all. */
-function sizeChoice(size: number | PictureSize, { buckets }: DatasetConfig): (picture: DatasetPicture) => PictureSize {
+/** How a picture is shown at one of the sizes of its data set: in its bucket, or as all others. */
+export function sizeChoice(
+  size: number | PictureSize,
+  { buckets }: DatasetConfig,
+): (picture: Pick<DatasetPicture, 'width' | 'height'>) => Pick<Entry, 'size' | 'resized'> {
   if (!buckets) {
     const fixed: PictureSize = typeof size === 'number' ? [size, size] : size;
-    return () => fixed;
+    return () => ({ size: fixed });
   }
   const { fit: bucketOf } = aspectBuckets({ resolution: size, ...buckets });
-  return ({ width, height }) => bucketOf([width, height]).bucket;
+  return ({ width, height }) => {
+    const { bucket, resized } = bucketOf([width, height]);
+    return { size: bucket, resized };
+  };
 }
 
 /** The order of batches, each of one size. */
@@ -128,9 +136,22 @@ function cropVariant(index: number): Place {
   return [(0.5 + index / root) % 1, (0.5 + index / root ** 2) % 1];
 }
 
-function viewOf({ size: [width, height], config, background }: Entry, flip: boolean, crop: Place): PictureView {
+function viewOf(
+  { size: [width, height], resized, config, background }: Entry,
+  flip: boolean,
+  crop: Place,
+): PictureView {
   const { fit, filter, backgrounds } = config;
-  return { width, height, fit, crop, flip, filter, background: rgb(backgrounds[background]!.colour) };
+  return {
+    width,
+    height,
+    fit,
+    crop,
+    flip,
+    filter,
+    background: rgb(backgrounds[background]!.colour),
+    ...(resized && fit === 'cover' && { resized }),
+  };
 }
 
 /** #rrggbb as numbers from 0 to 255. */

@@ -2,10 +2,13 @@
 
 import { MmditxError } from '../errors.ts';
 import type { TorchGenerator } from '../sampling/noise.ts';
-import { type Entry, entriesOf, isHeldOut } from './batches.ts';
+import type { ClipTokenizer, T5Tokenizer } from '../text/tokenizer.ts';
+import { type Entry, entriesOf, isHeldOut, sizeChoice } from './batches.ts';
+import { type BucketFit, coverFit } from './buckets.ts';
 import { type CaptionOptions, captionVariants, drawCaption } from './captions.ts';
 import type { DatasetConfig, TrainConfig } from './config.ts';
 import { type BrokenPicture, type DatasetPicture, readDataset } from './dataset.node.ts';
+import { datasetReport, reportText, type TokenCounter } from './dataset-report.ts';
 
 export interface ReadData {
   readonly config: DatasetConfig;
@@ -78,4 +81,34 @@ export function entryCaption(entry: Entry, random: TorchGenerator): string {
 /** Every text an entry can be shown with; undefined where there are too many. */
 export function entryCaptions(entry: Entry): string[] | undefined {
   return captionVariants(entry.picture.captions, captionOptions(entry));
+}
+
+/** What is known of the text encoders before training: lengths that captions are cut to. */
+export interface CaptionLimits {
+  readonly clip?: { readonly tokenizer: ClipTokenizer; readonly positions: number } | undefined;
+  readonly t5?: { readonly tokenizer: T5Tokenizer; readonly tokens: number } | undefined;
+}
+
+/** What was found in data sets, as text for a terminal: sizes, captions, what is cut, what is broken. */
+export function dataText(data: ReadonlyMap<string, ReadData>, { clip, t5 }: CaptionLimits): string {
+  const counters: TokenCounter[] = [
+    // Begin and end count, too.
+    ...(clip
+      ? [{ name: 'CLIP', limit: clip.positions, count: (text: string) => clip.tokenizer.encode(text).length + 2 }]
+      : []),
+    ...(t5 ? [{ name: 'T5', limit: t5.tokens, count: (text: string) => t5.tokenizer.encode(text).length + 1 }] : []),
+  ];
+  const texts = [...data].map(([name, { config, training, heldOut, broken }]) => {
+    const choices = config.sizes.map((size) => sizeChoice(size, config));
+    const fits = (picture: Pick<DatasetPicture, 'width' | 'height'>): BucketFit[] =>
+      choices.map((choose) => {
+        const { size } = choose(picture);
+        const covered = coverFit([picture.width, picture.height], size);
+        return config.fit === 'cover' ? covered : { ...covered, cropped: 0 };
+      });
+    const report = datasetReport({ pictures: [...training, ...heldOut], broken }, { fits, counters });
+    const kept = heldOut.length > 0 ? `, ${heldOut.length} of them kept for validation` : '';
+    return `${name}: ${config.path}${kept}\n${reportText(report)}`;
+  });
+  return texts.join('\n\n');
 }

@@ -13,6 +13,7 @@ import { fastestRuntime } from '../runtime/fastest.node.ts';
 import { nodeRuntime } from '../runtime/node.node.ts';
 import type { Runtime } from '../runtime/runtime.ts';
 import type { FloatTensor } from '../tensor/data.ts';
+import { clipTokenizer, t5Tokenizer } from '../text/tokenizer.ts';
 import { type PartName, partTitles } from '../weights/checkpoint.ts';
 import { fileSource } from '../weights/files.node.ts';
 import { type Lora, openLora } from '../weights/lora.ts';
@@ -20,7 +21,7 @@ import { autoencoderWork } from './autoencoder.node.ts';
 import { allViews, type Entry, stepRandom, VALIDATION_STREAM } from './batches.ts';
 import type { DiffusionStage, StageConfig, TrainConfig } from './config.ts';
 import { readTrainConfig, type TrainConfigFile } from './config-file.node.ts';
-import { entryCaptions, type ReadData, readData, stageEntries } from './datasets.node.ts';
+import { type CaptionLimits, dataText, entryCaptions, type ReadData, readData, stageEntries } from './datasets.node.ts';
 import { type DiffusionWork, diffusionWork } from './diffusion.node.ts';
 import { openEncodedCache } from './encoded-cache.node.ts';
 import { createEncodings } from './encodings.node.ts';
@@ -73,19 +74,13 @@ export async function train(configPath: string, options: TrainOptions = {}): Pro
 
 async function run(file: TrainConfigFile, folder: RunFolder, options: TrainOptions): Promise<TrainResult> {
   const { config, resolve } = file;
-  const { signal, onPreparation } = options;
-  const runtime =
-    options.runtime ??
-    (config.device
-      ? nodeRuntime({ device: config.device, ...threadsOf(config) })
-      : await fastestRuntime(threadsOf(config)));
-  const data = await readData(config, resolve, {
-    signal,
-    onProgress: (name, done, total) => onPreparation?.({ what: `Reading ${name}`, done, total }),
-  });
+  const { signal } = options;
+  const runtime = await runtimeOf(config, options);
+  const data = await readConfiguredData(file, options);
   const journal = createJournal(config, folder, options);
   const context: RunContext = { ...file, folder, runtime, data, journal, options };
   let model = await openModel(config, resolve, journal.note);
+  journal.describe(dataText(data, captionLimits(model)));
   const digests = [...data.values()].flatMap(({ training, heldOut }) =>
     [...training, ...heldOut].map(({ digest }) => digest),
   );
@@ -104,15 +99,7 @@ async function run(file: TrainConfigFile, folder: RunFolder, options: TrainOptio
         );
       }
       record ??= await runStageOf(context, model, stage, index, fingerprint);
-      for (const part of record.parts) model = await withFile(model, join(stageFolder, part));
-      if (record.tokenizers) {
-        const tokenizers = await readTokenizers({ tokenizers: {} }, stageFolder, {
-          clipTokenizer: join(stageFolder, TOKENIZER_FILES.clip),
-          t5Tokenizer: join(stageFolder, TOKENIZER_FILES.t5),
-        });
-        model = { ...model, tokenizers };
-      }
-      if (record.lora !== undefined) model = { ...model, lora: join(stageFolder, record.lora) };
+      model = await withRecord(model, record, stageFolder);
       const names = [...record.parts, ...(record.lora === undefined ? [] : [record.lora])];
       made = names.map((name) => join(stageFolder, name));
     }
@@ -136,11 +123,126 @@ async function run(file: TrainConfigFile, folder: RunFolder, options: TrainOptio
 
 /** The log and the report of a run. */
 interface Journal {
+  /** What was found in the data sets. */
+  describe(data: string): void;
   /** Begins to write, after what happened before a position; what was emitted before follows. Does nothing when it is open. */
   open(at: RunPosition): Promise<void>;
   emit(event: TrainEvent): void;
   note(message: string): void;
   end(reason: 'finished' | 'stopped' | 'failed', message?: string): Promise<void>;
+}
+
+function captionLimits({ tokenizers, parts }: TrainingModel): CaptionLimits {
+  const positions = (parts.clipL ?? parts.clipG)?.config.positions;
+  return {
+    clip:
+      tokenizers.clip !== undefined && positions ? { tokenizer: clipTokenizer(tokenizers.clip), positions } : undefined,
+    t5:
+      tokenizers.t5 !== undefined && parts.t5
+        ? { tokenizer: t5Tokenizer(tokenizers.t5), tokens: parts.t5.config.tokens }
+        : undefined,
+  };
+}
+
+/**
+ * What a configuration's data sets hold, as text for a terminal, without training.
+ * @throws MmditxError as {@link train}
+ */
+export async function describeData(
+  configPath: string,
+  options: Pick<TrainOptions, 'signal' | 'onPreparation'> = {},
+): Promise<string> {
+  const { config, resolve } = await readTrainConfig(configPath);
+  const data = await readConfiguredData({ config, resolve }, options);
+  const { precision: _, ...asStored } = config;
+  const model = await openModel(asStored, resolve, () => undefined);
+  try {
+    return dataText(data, captionLimits(model));
+  } finally {
+    await model.close();
+  }
+}
+
+/**
+ * Encodes the pictures and texts of a configuration's diffusion stages into their cache, which several processes on
+ * several machines may do at once over one folder. Stages behind one that trains the autoencoder wait for it.
+ * @returns whether everything was encoded
+ * @throws MmditxError as {@link train}
+ */
+export async function encodeData(configPath: string, options: TrainOptions = {}): Promise<boolean> {
+  const file = await readTrainConfig(configPath);
+  const { config, resolve } = file;
+  if (config.cache === false) {
+    throw new MmditxError(
+      'bad-option',
+      `${configPath} has cache: false, so that there is nothing to encode ahead; remove it.`,
+    );
+  }
+  const folder = runFolder(file.output);
+  const runtime = await runtimeOf(config, options);
+  const data = await readConfiguredData(file, options);
+  const journal = silentJournal(options);
+  const context: RunContext = { ...file, folder, runtime, data, journal, options };
+  let model = await openModel(config, resolve, journal.note);
+  try {
+    for (const [index, stage] of config.stages.entries()) {
+      const record = await readStageRecord(folder.stage(index, stage));
+      if (stage.train === 'diffusion') {
+        const complete = record ? model : await withFreshParts(context, model, stage);
+        const { encodings } = await encode(context, complete, stage, stageEntries(data, stage.data));
+        await encodings.dispose();
+        model = complete;
+      } else if (!record) return false;
+      if (record) model = await withRecord(model, record, folder.stage(index, stage));
+      else if (stage.train === 'diffusion' && stage.textEncoders === 'full') return index === config.stages.length - 1;
+    }
+    return true;
+  } finally {
+    await model.close();
+  }
+}
+
+function silentJournal({ onEvent }: TrainOptions): Journal {
+  const note = (message: string) =>
+    onEvent?.({ type: 'note', time: new Date().toISOString(), stage: 0, step: 0, message });
+  return {
+    describe: () => undefined,
+    open: async () => undefined,
+    emit: (event) => onEvent?.(event),
+    note,
+    end: async () => undefined,
+  };
+}
+
+async function runtimeOf(config: TrainConfig, { runtime }: TrainOptions): Promise<Runtime> {
+  if (runtime) return runtime;
+  return config.device
+    ? nodeRuntime({ device: config.device, ...threadsOf(config) })
+    : fastestRuntime(threadsOf(config));
+}
+
+function readConfiguredData(
+  { config, resolve }: Pick<TrainConfigFile, 'config' | 'resolve'>,
+  { signal, onPreparation }: Pick<TrainOptions, 'signal' | 'onPreparation'>,
+) {
+  return readData(config, resolve, {
+    signal,
+    onProgress: (name, done, total) => onPreparation?.({ what: `Reading ${name}`, done, total }),
+  });
+}
+
+/** The model with what a finished stage made. */
+async function withRecord(model: TrainingModel, record: StageRecord, folder: string): Promise<TrainingModel> {
+  let complete = model;
+  for (const part of record.parts) complete = await withFile(complete, join(folder, part));
+  if (record.tokenizers) {
+    const tokenizers = await readTokenizers({ tokenizers: {} }, folder, {
+      clipTokenizer: join(folder, TOKENIZER_FILES.clip),
+      t5Tokenizer: join(folder, TOKENIZER_FILES.t5),
+    });
+    complete = { ...complete, tokenizers };
+  }
+  return record.lora === undefined ? complete : { ...complete, lora: join(folder, record.lora) };
 }
 
 interface RunContext extends TrainConfigFile {
@@ -164,7 +266,11 @@ function createJournal(config: TrainConfig, folder: RunFolder, { onEvent }: Trai
   };
   const now = () => new Date().toISOString();
   const note = (message: string) => emit({ type: 'note', time: now(), ...position, message });
+  let described: string | undefined;
   return {
+    describe(data) {
+      described = data;
+    },
     async open(at) {
       position = at;
       if (log) return;
@@ -178,6 +284,7 @@ function createJournal(config: TrainConfig, folder: RunFolder, { onEvent }: Trai
         name: config.name,
         stages: config.stages.map((stage) => ({ name: stage.name, steps: stepsOf(stage) })),
         settings: { ...config },
+        ...(described !== undefined && { data: described }),
         ...(before > 0 && { resumedFrom: before }),
       });
       for (const event of waiting.splice(0))

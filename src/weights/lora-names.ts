@@ -89,6 +89,55 @@ function underscored(name: string): string {
   return name.replaceAll('.', '_');
 }
 
+/** What diffusers' names begin with, in tensors and in the metadata; its pipeline for Stable Diffusion 3 reads no T5. */
+export const diffusersPrefixes: Readonly<Record<LoraPart, string>> = {
+  transformer: 'transformer',
+  clipL: 'text_encoder',
+  clipG: 'text_encoder_2',
+  t5: 'text_encoder_3',
+};
+
+/** Where diffusers keeps PEFT's configuration of each network (diffusers' `LORA_ADAPTER_METADATA_KEY`). */
+export const ADAPTER_METADATA_KEY = 'lora_adapter_metadata';
+
+const kohyaPrefixes: Readonly<Record<LoraPart, string>> = {
+  transformer: 'lora_unet',
+  clipL: 'lora_te1',
+  clipG: 'lora_te2',
+  t5: 'lora_te3',
+};
+
+/** A weight's layer in the layout of kohya-ss/sd-scripts; undefined where no layer of that network has the weight. */
+export function kohyaLayer(part: LoraPart, weight: string): string | undefined {
+  const named = officialLayer(part, weight);
+  return named && `${kohyaPrefixes[part]}_${underscored(named.layer)}`;
+}
+
+/**
+ * The layers that make up a weight in diffusers' layout, `module` without the prefix; none where no layer of that
+ * network has the weight.
+ */
+export function diffusersModules(part: LoraPart, weight: string): Omit<LoraTarget, 'part' | 'weight'>[] {
+  const named = officialLayer(part, weight);
+  if (!named) return [];
+  if (part !== 'transformer') return [{ module: named.layer }];
+  return Object.entries(diffusersLayers)
+    .filter(([, { weight: official }]) => official === named.pattern)
+    .map(([name, { weight: _, ...how }]) => ({ module: name.replace('#', named.block), ...how }));
+}
+
+/** A weight without its ending, with `#` for the number of the block, if it is one that a LoRA can change. */
+function officialLayer(
+  part: LoraPart,
+  weight: string,
+): { readonly layer: string; readonly pattern: string; readonly block: string } | undefined {
+  const layer = /^(.*)\.weight$/.exec(weight)?.[1];
+  if (layer === undefined) return undefined;
+  const block = /^(?:joint_blocks|text_model\.encoder\.layers|encoder\.block)\.(\d+)\./.exec(layer)?.[1] ?? '#';
+  const pattern = layer.replace(`.${block}.`, '.#.');
+  return officialNames[part].includes(pattern) ? { layer, pattern, block } : undefined;
+}
+
 /** Layers of each network by their underscored names. */
 const layers: Readonly<Record<LoraPart, ReadonlyMap<string, Layer>>> = {
   transformer: layerTable(officialNames.transformer, diffusersLayers),
@@ -118,6 +167,22 @@ const prefixes: readonly { readonly part: LoraPart; readonly begins: RegExp }[] 
     begins: /^(lora_unet_|lora_transformer_|lycoris_|transformer\.|(model\.)?diffusion_model\.|)/,
   },
 ];
+
+/** Layouts by what their names begin with; the last has no prefix. */
+const layouts: readonly { readonly begins: RegExp; readonly layout: string }[] = [
+  { begins: /^lora_(unet|te[123])_/, layout: 'kohya' },
+  { begins: /^lora_transformer_/, layout: 'OneTrainer' },
+  { begins: /^lycoris_/, layout: 'LyCORIS' },
+  { begins: /(^|\.)base_model\.model\./, layout: 'PEFT' },
+  { begins: /^(transformer|text_encoder(_[23])?)\./, layout: 'diffusers' },
+  { begins: /^((model\.)?diffusion_model|text_encoders)\./, layout: 'ComfyUI' },
+  { begins: /^/, layout: 'without prefix' },
+];
+
+/** What the layout of a tensor's name is called. */
+export function loraLayout(name: string): string {
+  return layouts.find(({ begins }) => begins.test(name))!.layout;
+}
 
 /** PEFT's wrapper around a model, before or after the prefix. */
 const wrapper = /^((?:transformer|text_encoder(?:_[23])?)\.)?base_model\.model\./;

@@ -10,6 +10,8 @@ import { partTitles } from './checkpoint.ts';
 import type { TensorShapes } from './expected.ts';
 import { isFiniteNumber, parseJson } from './json.ts';
 import {
+  ADAPTER_METADATA_KEY,
+  diffusersPrefixes,
   foreignLora,
   type LoraPart,
   type LoraRole,
@@ -228,17 +230,6 @@ function swapHalves({ shape, data }: FloatTensor): FloatTensor {
 /** The scale of a layer by its name and rank. */
 type AlphaRule = (module: string, rank: number) => number;
 
-/** Where diffusers keeps PEFT's configuration of each network (diffusers' `LORA_ADAPTER_METADATA_KEY`). */
-const ADAPTER_METADATA_KEY = 'lora_adapter_metadata';
-
-/** What members of that entry begin with. */
-const metadataPrefixes: Readonly<Record<LoraPart, string>> = {
-  transformer: 'transformer',
-  clipL: 'text_encoder',
-  clipG: 'text_encoder_2',
-  t5: 'text_encoder_3',
-};
-
 /** Characters of a pattern in a message. */
 const MAX_SHOWN = 100;
 
@@ -261,7 +252,7 @@ function readAlphas({ source, metadata }: SafetensorsFile): Map<LoraPart, AlphaR
     );
   const members = z.record(z.string(), z.unknown()).safeParse(parseJson(text, refuse));
   if (!members.success) throw refuse('is not a JSON object');
-  for (const [part, prefix] of Object.entries(metadataPrefixes) as [LoraPart, string][]) {
+  for (const [part, prefix] of Object.entries(diffusersPrefixes) as [LoraPart, string][]) {
     const member = (name: keyof z.infer<typeof adapterSchema>) => members.data[`${prefix}.${name}`];
     if (member('lora_alpha') === undefined) continue;
     const adapter = adapterSchema.safeParse({
