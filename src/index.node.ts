@@ -26,6 +26,8 @@ import { type Lora, openLora } from './weights/lora.ts';
 export * from './api.ts';
 export { openFiles } from './pipeline/open.node.ts';
 export { availableDevices, type NodeRuntimeOptions, nodeRuntime } from './runtime/node.node.ts';
+export type { TrainEvent } from './training/log.ts';
+export { describeData, encodeData, type TrainOptions, type TrainResult, train } from './training/train.node.ts';
 export type { ConversionProgress } from './weights/converted.node.ts';
 export {
   type Download,

@@ -2,11 +2,11 @@
 
 import { run } from '../../src/cli/run.ts';
 
-/** Runs a command; ends the process where it fails. */
+/** Runs a command; fails where the command does. */
 export async function main(argv: readonly string[]): Promise<void> {
   const stop = new AbortController();
   process.once('SIGINT', () => stop.abort(new Error('stopped')));
   const { stdout, stderr, env } = process;
   const code = await run(argv, { stdout, stderr, environment: env, signal: stop.signal });
-  if (code !== 0) process.exit(code);
+  if (code !== 0) throw new Error(`mmditx ${argv.join(' ')} ended with ${code}.`);
 }

@@ -30,6 +30,7 @@ Example:
         const { files, folder } = await train(config, {
           signal: context.signal,
           onEvent: (event) => progress.event(event),
+          ...(!flags.quiet && { onData: (text: string) => progress.say(`${text}\n`) }),
           ...(!flags.quiet && { onPreparation: preparationLines(progress.say) }),
         });
         for (const file of files) context.stdout.write(`${file}\n`);

@@ -36,9 +36,26 @@ export function encodeMoments(config: VaeConfig, weights: Weights, image: t.Tens
 
 /** A latent in the transformer's scale to a picture, about [-1, 1], not clamped: [batch, 3, height, width]. */
 export function decode(config: VaeConfig, weights: Weights, latent: t.Tensor): t.Tensor {
+  return decodeWithFeatures(config, weights, latent).image;
+}
+
+/**
+ * The same with what the blocks of each level give, full resolution first:
+ * [batch, channels of the level, height / 2 ** level, width / 2 ** level].
+ */
+export function decodeWithFeatures(
+  config: VaeConfig,
+  weights: Weights,
+  latent: t.Tensor,
+): { image: t.Tensor; features: t.Tensor[] } {
   const norm = groupNorm(config);
-  const features = decoderStart(config, norm, weights, latent);
-  return decoderEnd(config, norm, weights, decoderLevels(config, norm, weights, features, levelCount(config), 0));
+  const features: t.Tensor[] = [];
+  let x = decoderStart(config, norm, weights, latent);
+  for (let level = levelCount(config) - 1; level >= 0; level--) {
+    x = decoderLevels(config, norm, weights, x, level + 1, level);
+    features.unshift(x);
+  }
+  return { image: decoderEnd(config, norm, weights, x), features };
 }
 
 /**

@@ -1,11 +1,12 @@
 /** Multi-head scaled dot-product attention. */
 
 import { type Dimension, sameDimension, sameShape } from './dimension.ts';
-import { add, multiply, subtract } from './elementwise.ts';
-import { reshape, transpose } from './layout.ts';
+import { absolute, add, multiply, subtract } from './elementwise.ts';
+import { inOrder } from './gradient.ts';
+import { concat, reshape, transpose } from './layout.ts';
 import { matmul, matmulTransposed } from './linear.ts';
 import type { OnnxWriter } from './onnx.ts';
-import { softmax, sum } from './reduction.ts';
+import { largest, softmax, sum } from './reduction.ts';
 import { misfit, type Operation, record, requireSameType, type Tensor } from './tensor.ts';
 
 export interface AttentionOptions {
@@ -103,6 +104,20 @@ export function attention(query: Tensor, key: Tensor, value: Tensor, options: At
   return record(ATTENTION, bias ? [query, key, value, bias] : [query, key, value], query.shape, {
     attributes: { num_heads: heads, scale },
   });
+}
+
+/**
+ * The largest magnitude of query-key products, scaled, in all attentions that some results are computed with: what grows
+ * before a transformer without QK norm diverges (SD3 paper, section 5.3.2). A scalar; undefined without attention.
+ */
+export function largestAttentionLogit(results: readonly Tensor[]): Tensor | undefined {
+  const peaks = inOrder(results).flatMap(({ operation, inputs: [query, key], attributes }) => {
+    if (operation !== ATTENTION) return [];
+    const { num_heads: heads, scale } = attributes as { num_heads: number; scale: number };
+    const logits = matmulTransposed(splitHeads(query!, heads), splitHeads(key!, heads));
+    return [reshape(multiply(largest(absolute(logits)), Math.abs(scale)), [1])];
+  });
+  return peaks.length === 0 ? undefined : largest(concat(peaks, 0));
 }
 
 function requireBias(query: Tensor, key: Tensor, bias: Tensor, heads: number): void {

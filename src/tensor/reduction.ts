@@ -45,6 +45,15 @@ export const mean = reduction('ReduceMean', (x, spread, axes) => {
   return typeof count === 'number' ? multiply(spread, 1 / count) : divide(spread, cast(sizeOf(count), 'float32'));
 });
 
+const REDUCE_MAX: Operation = {
+  name: 'ReduceMax',
+  write: (_output, [x], writer) => writer.node('ReduceMax', [x!], { keepdims: 0 }),
+};
+/** The largest of all values, a scalar; for looking at, without a gradient. */
+export function largest(x: Tensor): Tensor {
+  return record(REDUCE_MAX, [x], []);
+}
+
 const SIZE_OF: Operation = {
   name: 'SizeOf',
   write: (output, _inputs, writer) => writer.dimension((output.attributes.size as readonly Dimension[])[0]!),

@@ -12,10 +12,19 @@ import { elementCount, type FloatTensor, floats } from '../tensor/data.ts';
 import { partTitles } from '../weights/checkpoint.ts';
 import { writeSafetensorsFile } from '../weights/files.node.ts';
 import { configMetadata } from '../weights/metadata.ts';
-import { batchOrder, drawView, type Entry, STEP_STREAM, stepRandom, VALIDATION_STREAM } from './batches.ts';
+import {
+  batchOrder,
+  drawView,
+  type Entry,
+  INITIAL_STREAM,
+  STEP_STREAM,
+  stepRandom,
+  VALIDATION_STREAM,
+} from './batches.ts';
 import type { AutoencoderStage, PictureSize, TrainConfig } from './config.ts';
 import { gradientSource, LOSS, type Parameters } from './gradients.ts';
-import { autoencoderLoss } from './loss.ts';
+import { initialValue } from './initial.ts';
+import { autoencoderLoss, READOUTS, readoutTensors } from './loss.ts';
 import type { TrainingModel } from './model.node.ts';
 import { parameterName, readParameters, wholePart } from './parts.ts';
 import { renderPicture } from './pictures.node.ts';
@@ -41,13 +50,20 @@ export async function autoencoderWork(options: AutoencoderWorkOptions): Promise<
   const vae = model.parts.vae;
   if (!vae) throw new MmditxError('missing-part', `The model has no ${partTitles.vae}; add its file to "model".`);
   const values = await readParameters('vae', vae);
+  const random = stepRandom(config.seed, INITIAL_STREAM, index);
+  for (const [name, shape] of readoutTensors(vae.config)) {
+    values.set(
+      parameterName('vae', name),
+      initialValue(name, shape, (count) => random.normal(count)),
+    );
+  }
   const part = wholePart('vae', values);
   const { loss, pixels, divergence } = autoencoderLoss(vae.config, part.weights, stage.loss);
-  const decoder = parameterName('vae', 'decoder.');
+  const [decoder, readouts] = [parameterName('vae', 'decoder.'), parameterName('vae', READOUTS)] as const;
   const source = gradientSource(
     runtime,
     [{ outputs: { [LOSS]: loss, pixels, divergence }, compile: part.compile }],
-    (name) => stage.only === 'all' || name.startsWith(decoder),
+    (name) => stage.only === 'all' || name.startsWith(decoder) || name.startsWith(readouts),
   );
   const trainer = createTrainer(source, {
     values,
@@ -82,7 +98,9 @@ export async function autoencoderWork(options: AutoencoderWorkOptions): Promise<
       if (stage.normalize) await normalizeLatents(current, vae.config, runtime, training, config.seed);
       await mkdir(folder, { recursive: true });
       const path = join(folder, 'vae.safetensors');
-      await writeSafetensorsFile(path, current, configMetadata({ vae: vae.config }));
+      const readout = parameterName('vae', READOUTS);
+      const own = [...current].filter(([name]) => !name.startsWith(readout));
+      await writeSafetensorsFile(path, new Map(own), configMetadata({ vae: vae.config }));
       return { parts: [path] };
     },
     dispose: () => source.dispose(),
@@ -142,6 +160,8 @@ function requireSizes(entries: readonly Entry[], { crop }: AutoencoderStage, uni
   );
 }
 
+/** Of a channel that carries nothing. */
+const SMALLEST_DEVIATION = 1e-6;
 /** Pictures that the scale of latents is measured on. */
 const SCALE_PICTURES = 200;
 
@@ -178,7 +198,9 @@ async function normalizeLatents(
     count += pixels;
   }
   await executable.dispose();
-  const deviations = [...sums].map((sum, i) => Math.sqrt(squares[i]! / count - (sum / count) ** 2));
+  const deviations = [...sums].map((sum, i) =>
+    Math.max(Math.sqrt(Math.max(squares[i]! / count - (sum / count) ** 2, 0)), SMALLEST_DEVIATION),
+  );
   rescaleLatents(
     values,
     config,

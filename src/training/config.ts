@@ -9,6 +9,8 @@
 import { z } from 'zod';
 import { MmditxError } from '../errors.ts';
 import { PRECISIONS } from '../weights/convert.ts';
+import { quote } from '../weights/quote.ts';
+import { give, problemMessage, problemText } from './config-problems.ts';
 import { learningRateSchedules } from './learning-rate.ts';
 
 const count = z.int().min(1);
@@ -16,7 +18,8 @@ const share = z.number().min(0).max(1);
 const positive = z.number().positive();
 const pixels = z.int().min(8).max(16_384);
 const size = z.tuple([pixels, pixels]).describe('[width, height] in pixels');
-const colour = z.string().regex(/^#[0-9a-fA-F]{6}$/, 'must be a colour like #ffffff');
+const colour = z.string().regex(/^#[0-9a-fA-F]{6}$/, { error: give('a colour like "#ffffff" (in quotes)') });
+const letters = { error: give('letters, digits, dots and dashes only') };
 
 /** Width and height of pictures, in pixels. */
 export type PictureSize = readonly [width: number, height: number];
@@ -33,11 +36,15 @@ const buckets = z
 const captions = z
   .strictObject({
     extension: z.string().default('.txt').describe('Of the caption file beside each picture.'),
-    prefix: z.string().default(''),
-    suffix: z.string().default(''),
+    prefix: z.string().default('').describe('Set before every caption, with a space between.'),
+    suffix: z.string().default('').describe('Set behind every caption, with a space between.'),
     shuffle: z.boolean().default(false).describe('Shuffle the tags of a caption each time it is shown.'),
     separator: z.string().default(',').describe('What lies between tags.'),
     keepTokens: z.int().min(0).default(0).describe('Tags at the start that stay where they are.'),
+    keepTokensSeparator: z
+      .string()
+      .default('|||')
+      .describe('Ends the tags that stay where they are, where a caption has it.'),
     dropRate: share.default(0).describe('Share of captions shown empty.'),
     tagDropRate: share.default(0).describe('Share of tags left out.'),
     wildcards: z
@@ -50,7 +57,11 @@ const captions = z
 const dataset = z.strictObject({
   path: z.string().describe('Folder of pictures, a .jsonl with file_name and text, or a text file with a path a line.'),
   sizes: z
-    .array(z.union([pixels.describe('Side of a square'), size]))
+    .array(
+      z.union([pixels.describe('Side of a square'), size], {
+        error: give('a side in pixels such as 512, or [width, height]'),
+      }),
+    )
     .min(1)
     .describe('Sizes in pixels: a number S stands for an area of S x S, over which buckets spread.'),
   assign: z
@@ -62,7 +73,10 @@ const dataset = z.strictObject({
   crop: z.enum(['centre', 'random']).default('centre').describe('Which part of a picture is cropped (or padded).'),
   cropVariants: count.default(4).describe('Random crops kept of each picture where latents are cached.'),
   flip: z.boolean().default(false).describe('Show pictures mirrored half of the time.'),
-  filter: z.enum(['lanczos3', 'lanczos2', 'cubic', 'mitchell', 'linear', 'nearest']).default('lanczos3'),
+  filter: z
+    .enum(['lanczos3', 'lanczos2', 'cubic', 'mitchell', 'linear', 'nearest'])
+    .default('lanczos3')
+    .describe('How pictures are resized.'),
   backgrounds: z
     .array(z.strictObject({ colour, words: z.record(z.string(), z.string()).default({}) }))
     .min(1)
@@ -92,17 +106,21 @@ const noise = z.strictObject({
     .prefault({})
     .describe('Weight of the velocity loss by noise level.'),
   shift: z
-    .union([positive, z.literal('resolution')])
+    .union([positive, z.literal('resolution')], { error: give('a factor such as 3, or resolution') })
     .default(1)
     .describe('Moves noise levels towards noise: a factor, or sqrt(m / n) of the size (SD3 paper, section 5.3.2).'),
+  countedFrom: z
+    .enum(['clean', 'noisy'])
+    .default('clean')
+    .describe('End that densities count from: clean as in the paper and kohya, noisy as in diffusers.'),
   baseResolution: pixels.default(256).describe('Side in pixels at which the resolution-dependent shift is 1.'),
-  min: share.default(0),
-  max: share.default(1),
+  min: share.default(0).describe('Lowest noise level: all are squeezed between the two after the shift.'),
+  max: share.default(1).describe('Highest noise level.'),
 });
 
 const learningRate = z.strictObject({
-  peak: positive,
-  schedule: z.enum(learningRateSchedules).default('constant'),
+  peak: positive.describe('Highest learning rate.'),
+  schedule: z.enum(learningRateSchedules).default('constant').describe('How it falls after the warm-up.'),
   warmup: z.int().min(0).default(0).describe('Steps of linear rise from 0.'),
   end: share.default(0).describe('Share of the peak left at the last step.'),
   cycles: count.default(1).describe('Falls of the cosine.'),
@@ -113,7 +131,7 @@ const optimizer = z.strictObject({
   beta1: share.default(0.9),
   beta2: share.default(0.999),
   eps: positive.default(1e-8),
-  weightDecay: z.number().min(0).default(0.01),
+  weightDecay: z.number().min(0).default(0.01).describe('Share taken off for each unit of learning rate.'),
 });
 
 const average = z
@@ -127,11 +145,16 @@ const lora = z.strictObject({
   rank: z.int().min(1).max(1024).default(16),
   alpha: positive.optional().describe('Strength is alpha / rank (default alpha = rank).'),
   dropout: z.number().min(0).lt(1).default(0).describe('Share of the ranks of each layer left out at each step.'),
-  targets: z.array(z.enum(LORA_TARGETS)).min(1).default(['attention', 'mlp']),
+  targets: z
+    .array(z.enum(LORA_TARGETS))
+    .min(1)
+    .default(['attention', 'mlp'])
+    .describe('Kinds of layers that are changed; of text encoders attention and mlp.'),
   streams: z
     .array(z.enum(['image', 'context']))
     .min(1)
-    .default(['image', 'context']),
+    .default(['image', 'context'])
+    .describe("The transformer's two halves: that of pictures and that of texts."),
   blocks: z.array(z.int().min(0)).optional().describe('Indices of the blocks (default all).'),
   from: z.string().optional().describe('A LoRA file to go on from.'),
   format: z.enum(['kohya', 'diffusers']).default('kohya').describe('Layout of the file that is written.'),
@@ -140,12 +163,16 @@ export type LoraConfig = z.infer<typeof lora>;
 
 const trained = z.enum(['full', 'lora', 'frozen']);
 
+const positionGrid = z
+  .strictObject({ grid: count, span: positive })
+  .describe('The middle grid x grid patches of the position table span the positions 0 to span (SD3: 64 and 16).');
+
 /** What the stages that go through pictures share. */
 const common = {
-  name: z.string().regex(/^[\w.-]+$/, 'may have letters, digits, dots, dashes'),
+  name: z.string().regex(/^[\w.-]+$/, letters),
   data: z.array(z.string()).min(1).optional().describe('Names of data sets (default all).'),
   steps: count.describe('Optimiser steps.'),
-  batch: count.default(1),
+  batch: count.default(1).describe('Pictures of a step, all of one size.'),
   accumulate: count.default(1).describe('Batches whose gradients make one step.'),
   learningRate,
   optimizer: optimizer.prefault({}),
@@ -156,27 +183,35 @@ const common = {
 const diffusion = z.strictObject({
   train: z.literal('diffusion'),
   ...common,
-  transformer: trained.default('full'),
-  textEncoders: trained.default('frozen'),
+  transformer: trained.default('full').describe('Trained whole, as a LoRA, or not at all.'),
+  textEncoders: trained.default('frozen').describe('All three: trained whole, as a LoRA, or not at all.'),
   lora: lora.prefault({}),
   noise: noise.prefault({}),
   text: z
     .strictObject({
       encoderDropout: share
-        .default(0)
-        .describe("Share in which each encoder's output is zero, each by itself (SD3 paper: 0.464)."),
+        .optional()
+        .describe(
+          "Share in which each encoder's output is zero, each by itself (default 0; 0.464, the SD3 paper's, for a transformer from nothing).",
+        ),
+      t5Tokens: count.optional().describe("Length of T5's text (default the model's, 77); frozen encoders only."),
     })
     .prefault({}),
   positions: z
     .strictObject({
       randomCrop: share.default(0).describe('Share of steps that take a random crop of the position table.'),
       table: count.optional().describe('Side to which a smaller position table is extended, in patches.'),
+      grid: positionGrid.optional(),
     })
     .prefault({}),
   posterior: z
     .enum(['sample', 'mean'])
     .default('sample')
     .describe("How latents are taken from the encoder's posterior."),
+  attentionLogits: z
+    .boolean()
+    .optional()
+    .describe('Log the largest attention logit, which grows before training diverges (not with checkpointing).'),
   checkpointing: count
     .optional()
     .describe('Blocks a segment: activations inside segments are computed again instead of kept.'),
@@ -191,6 +226,11 @@ const autoencoder = z.strictObject({
     .strictObject({
       edges: z.number().min(0).default(1),
       colour: z.number().min(0).default(2),
+      readouts: z
+        .number()
+        .min(0)
+        .default(0.5)
+        .describe('Weight of pictures read linearly off latent and decoder levels.'),
       divergence: z.number().min(0).default(1e-4),
     })
     .prefault({}),
@@ -226,9 +266,7 @@ const networks = z
         tableSize: count,
         dualAttentionLayers: z.array(z.int().min(0)),
         qkNorm: z.boolean(),
-        positions: z
-          .strictObject({ grid: count, span: positive })
-          .describe('The middle grid x grid patches of the position table span the positions 0 to span.'),
+        positions: positionGrid,
       })
       .partial(),
     vae: z
@@ -282,10 +320,12 @@ const exported = z.strictObject({
 
 export const trainConfigSchema = z.strictObject({
   $schema: z.string().optional(),
-  name: z.string().regex(/^[\w.-]+$/, 'may have letters, digits, dots, dashes'),
+  name: z.string().regex(/^[\w.-]+$/, letters),
   output: z.string().optional().describe('Folder of the run (default runs/NAME beside the configuration).'),
   model: z
-    .union([z.string(), z.array(z.string()).min(1)])
+    .union([z.string(), z.array(z.string()).min(1)], {
+      error: give('the path of a file or folder, or a list of files'),
+    })
     .optional()
     .describe('Files of the model to go on from.'),
   networks: networks.optional(),
@@ -293,17 +333,17 @@ export const trainConfigSchema = z.strictObject({
     .enum(PRECISIONS)
     .optional()
     .describe('What frozen weights are kept as (default as stored; int8 is faster on a processor).'),
-  seed: z.int().min(0).default(0),
-  device: z.enum(['cpu', 'webgpu', 'cuda', 'dml', 'coreml']).optional(),
-  threads: count.optional(),
+  seed: z.int().min(0).default(0).describe('Decides all draws: the same seed repeats a run.'),
+  device: z.enum(['cpu', 'webgpu', 'cuda', 'dml', 'coreml']).optional().describe('Default: the fastest that works.'),
+  threads: count.optional().describe('Of the processor (default: as many as it has, at most 16).'),
   clipTokenizer: z.string().optional().describe('tokenizer.json, where the model brings none.'),
   t5Tokenizer: z.string().optional(),
-  data: z.record(z.string(), dataset),
+  data: z.record(z.string(), dataset).describe('Data sets by names of your own; stages refer to them.'),
   cache: z
-    .union([z.string(), z.literal(false)])
+    .union([z.string(), z.literal(false)], { error: give('the path of a folder, or false') })
     .optional()
     .describe('Folder of encoded pictures and texts (default cache in the run folder); false encodes on the fly.'),
-  stages: z.array(stage).min(1),
+  stages: z.array(stage).min(1).describe('Done one after the other; each goes on from what the one before made.'),
   checkpoints: checkpoints.prefault({}),
   samples: samples.optional(),
   validation: validation.optional(),
@@ -313,15 +353,6 @@ export const trainConfigSchema = z.strictObject({
 });
 export type TrainConfig = z.infer<typeof trainConfigSchema>;
 
-/** Where each problem lies and what is wrong, most important first. */
-function problemText({ path, message }: z.core.$ZodIssue): string {
-  const place = path.reduce<string>(
-    (text, key) => (typeof key === 'number' ? `${text}[${key}]` : text ? `${text}.${String(key)}` : String(key)),
-    '',
-  );
-  return place ? `${place}: ${message}` : message;
-}
-
 /** Problems told in one message. */
 const TOLD_PROBLEMS = 5;
 
@@ -330,7 +361,7 @@ const TOLD_PROBLEMS = 5;
  * @throws MmditxError `bad-option` with the places of all problems
  */
 export function checkTrainConfig(value: unknown, file: string): TrainConfig {
-  const parsed = trainConfigSchema.safeParse(value);
+  const parsed = trainConfigSchema.safeParse(value, { error: problemMessage });
   const problems = parsed.success ? contradictions(parsed.data) : parsed.error.issues.map(problemText);
   if (problems.length > 0) {
     const told = problems.slice(0, TOLD_PROBLEMS).join('; ');
@@ -341,29 +372,93 @@ export function checkTrainConfig(value: unknown, file: string): TrainConfig {
 }
 
 /** What no single field tells. */
-function contradictions({ data, stages, model, networks: fresh, validation: held }: TrainConfig): string[] {
+function contradictions(config: TrainConfig): string[] {
+  const { data, stages, model, networks: fresh, validation: held, export: finished } = config;
   const problems: string[] = [];
-  if (Object.keys(data).length === 0) problems.push('data: name at least one data set');
+  if (Object.keys(data).length === 0) problems.push('data is empty, name at least one data set');
   if (model === undefined && fresh === undefined) {
-    problems.push('give "model", the files to go on from, or "networks" to train from scratch');
+    problems.push('model is missing, give the files to go on from, or "networks" to train from scratch');
   }
+  let earlier: DiffusionStage | undefined;
   const names = stages.map(({ name }) => name);
   for (const [i, entry] of stages.entries()) {
-    if (names.indexOf(entry.name) !== i) problems.push(`stages[${i}].name: "${entry.name}" is taken`);
+    if (names.indexOf(entry.name) !== i) {
+      problems.push(`stages[${i}].name is ${quote(entry.name)} as that of another stage, give each its own`);
+    }
     for (const name of entry.data ?? []) {
-      if (!(name in data)) problems.push(`stages[${i}].data: there is no data set "${name}"`);
+      if (!(name in data)) {
+        problems.push(
+          `stages[${i}].data names ${quote(name)}, give some of ${Object.keys(data).map(quote).join(', ')}`,
+        );
+      }
     }
-    if (entry.train !== 'diffusion') continue;
+    if (entry.train === 'tokenizers') continue;
+    if (entry.average && entry.average.every > entry.steps) {
+      problems.push(`stages[${i}].average.every is ${entry.average.every}, give at most its steps, ${entry.steps}`);
+    }
+    if (entry.train === 'autoencoder') {
+      if (entry.normalize && entry.only === 'decoder') {
+        problems.push(
+          `stages[${i}] has normalize with only: decoder, give one of them: the one changes latents, the other keeps them`,
+        );
+      }
+      continue;
+    }
     if (entry.transformer === 'frozen' && entry.textEncoders === 'frozen') {
-      problems.push(`stages[${i}]: transformer and textEncoders are both frozen, so there is nothing to train`);
+      problems.push(`stages[${i}] has both transformer and textEncoders frozen, give one of them full or lora`);
     }
-    if (entry.noise.min >= entry.noise.max) problems.push(`stages[${i}].noise: min must be below max`);
+    if (entry.noise.min >= entry.noise.max) {
+      problems.push(`stages[${i}].noise.min is ${entry.noise.min}, give less than max, ${entry.noise.max}`);
+    }
+    const { kind, preconditioned } = entry.noise.weighting;
+    if (kind === 'sigma_sqrt' && !preconditioned && entry.noise.min === 0) {
+      problems.push(
+        `stages[${i}].noise.weighting is infinite without noise, give noise.min above 0 or preconditioned: true`,
+      );
+    }
+    if (entry.positions.table !== undefined && entry.transformer !== 'full') {
+      problems.push(`stages[${i}].positions.table needs the transformer trained, give transformer: full`);
+    }
+    if (entry.attentionLogits && entry.checkpointing !== undefined) {
+      problems.push(`stages[${i}] has attentionLogits and checkpointing, give one of them`);
+    }
+    if (entry.lora.from !== undefined && loraOf(earlier)) {
+      problems.push(`stages[${i}].lora.from would discard what the stage before learned, leave it out`);
+    }
+    if (loraOf(earlier) && formOf(earlier!) !== formOf(entry)) {
+      problems.push(
+        `stages[${i}] follows a LoRA, give it the same lora settings, or a run of its own on the merged model`,
+      );
+    }
+    earlier = entry;
   }
-  if (held?.path !== undefined && held.path === '') problems.push('validation.path: is empty');
+  if (finished && loraOf(earlier)) {
+    problems.push('export cannot hold a LoRA, leave it out and use mmditx lora merge');
+  }
+  if (held?.path !== undefined && held.path === '')
+    problems.push('validation.path is empty, give a data set or leave it out');
   return problems;
 }
 
-/** The schema for editors. */
-export function trainConfigJsonSchema(): object {
-  return { ...z.toJSONSchema(trainConfigSchema, { io: 'input' }), title: 'mmditx training configuration' };
+function loraOf(stage: DiffusionStage | undefined): boolean {
+  return stage?.transformer === 'lora' || stage?.textEncoders === 'lora';
+}
+
+/** What two stages must share for one LoRA to go on in the other. */
+function formOf({ transformer, textEncoders, lora: { rank, targets, streams, blocks } }: DiffusionStage): string {
+  return JSON.stringify([transformer, textEncoders, rank, targets, streams, blocks]);
+}
+
+/** The schema for editors, of draft 7, which all of them know. */
+export function trainConfigJsonSchema(): z.core.JSONSchema.JSONSchema {
+  const schema = z.toJSONSchema(trainConfigSchema, {
+    io: 'input',
+    target: 'draft-7',
+    override({ jsonSchema }) {
+      // Bounds of exact whole numbers say nothing to people.
+      if (jsonSchema.maximum === Number.MAX_SAFE_INTEGER) delete jsonSchema.maximum;
+    },
+  });
+  const anchors = { '^\\.': { description: 'Only holds settings that others refer to (&name, *name, <<).' } };
+  return { title: 'mmditx training configuration', ...schema, patternProperties: anchors };
 }

@@ -30,6 +30,9 @@ export async function readData(
   }: { signal?: AbortSignal | undefined; onProgress?: (name: string, read: number, total: number) => void } = {},
 ): Promise<Map<string, ReadData>> {
   const share = validation && validation.path === undefined ? validation.share : 0;
+  const own =
+    validation?.path === undefined ? undefined : await readDataset({ path: resolve(validation.path) }, { signal });
+  const validationPictures = own?.pictures;
   const found = new Map<string, ReadData>();
   const read = new Map<string, Awaited<ReturnType<typeof readDataset>>>();
   for (const [name, config] of Object.entries(data)) {
@@ -42,8 +45,8 @@ export async function readData(
         { signal, onProgress: ({ read: done, total }) => onProgress?.(name, done, total) },
       ));
     read.set(key, set);
-    const heldOut = set.pictures.filter((picture) => isHeldOut(picture, share));
-    const training = set.pictures.filter((picture) => !heldOut.includes(picture));
+    const heldOut = validationPictures ?? set.pictures.filter((picture) => isHeldOut(picture, share));
+    const training = set.pictures.filter((picture) => !isHeldOut(picture, share));
     if (training.length === 0) {
       throw new MmditxError(
         'bad-file',

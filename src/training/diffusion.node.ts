@@ -78,6 +78,9 @@ export interface DiffusionWork extends Omit<StageWork, 'sample'> {
   dispose(): Promise<void>;
 }
 
+/** Share in which each text encoder is dropped in pretraining (SD3 paper, appendix B.1). */
+const PRETRAINING_DROPOUT = 0.464;
+
 const ENCODERS = ['clipL', 'clipG', 't5'] as const;
 
 export async function diffusionWork(options: DiffusionOptions): Promise<DiffusionWork> {
@@ -97,6 +100,7 @@ export async function diffusionWork(options: DiffusionOptions): Promise<Diffusio
     encoders,
     checkpointing: stage.checkpointing,
     weighted,
+    attentionLogits: stage.attentionLogits,
   });
   const source = gradientSource(runtime, segments, (name) => trainedNames(name));
   const trainer = createTrainer(source, {
@@ -106,6 +110,8 @@ export async function diffusionWork(options: DiffusionOptions): Promise<Diffusio
     averageDecay: stage.average?.decay,
     averageEvery: stage.average?.every,
   });
+  // The paper's rate where the transformer begins from nothing.
+  const dropout = stage.text.encoderDropout ?? (config.networks?.transformer ? PRETRAINING_DROPOUT : 0);
   const order = batchOrder(training, stage.batch, config.seed + index);
   const textInputs = encoders && textIds(model, encoders);
 
@@ -150,23 +156,23 @@ export async function diffusionWork(options: DiffusionOptions): Promise<Diffusio
     const unit = 2 ** (vae.config.multipliers.length - 1) * transformerConfig.patchSize;
     return [height / unit, width / unit];
   };
-  requireSizes(training, gridOf, transformerConfig.tableSize);
+  requireSizes([...training, ...heldOut], gridOf, transformerConfig.tableSize);
 
   return {
     trainer,
     async batchAt(batchIndex) {
       const { epoch, entries } = order.at(batchIndex);
       const random = stepRandom(config.seed, STEP_STREAM, index, batchIndex);
-      const { latent, text } = await shown(entries, random, stage.text.encoderDropout);
+      const { latent, text } = await shown(entries, random, dropout);
       const [{ size }] = entries as [Entry];
       const [rows, columns] = gridOf(size);
-      const { density, min, max, shift, baseResolution } = stage.noise;
+      const { density, min, max, shift, baseResolution, countedFrom } = stage.noise;
       const base = gridOf([baseResolution, baseResolution]);
       const factor =
         shift === 'resolution'
           ? trainingShift({ kind: 'resolution', baseTokens: base[0] * base[1] }, rows * columns)
           : shift;
-      const sigma = drawSigmas(density, entries.length, random, { shift: factor, min, max });
+      const sigma = drawSigmas(density, entries.length, random, { shift: factor, min, max, countedFrom });
       const batch: Batch = {
         ...noised(latent, sigma, random),
         ...text,
@@ -264,7 +270,8 @@ async function prepareParameters(
       );
     }
     const name = parameterName('transformer', 'pos_embed');
-    values.set(name, extendedPositions(values.get(name)!, transformerConfig, side, config.networks));
+    const grid = stage.positions.grid ?? config.networks?.transformer?.positions;
+    values.set(name, extendedPositions(values.get(name)!, transformerConfig, side, grid));
     transformerConfig = { ...transformerConfig, tableSize: side };
   }
 

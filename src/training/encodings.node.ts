@@ -62,6 +62,8 @@ export interface EncodingsOptions {
    * weights in brackets, CLIP's positions and no more, and as many T5 tokens as the model states (77 if nothing).
    */
   readonly tokens?: TokenOptions | undefined;
+  /** Whether texts that were not there are added to the cache (default), or only kept in memory: they may never recur. */
+  readonly keepTexts?: boolean | undefined;
   /** Bytes of encodings that are kept in memory (default 512 MiB). */
   readonly memoryBytes?: number | undefined;
   /** Called with a text that is encoded and what the user should know of it: words that were cut. */
@@ -131,7 +133,7 @@ const EXPANDED_BYTES = 2 ** 31;
 
 /** Prepares the encoders of a checkpoint; each loads when it is first used. */
 export function createEncodings(options: EncodingsOptions): Encodings {
-  const { cache, memoryBytes = DEFAULT_MEMORY } = options;
+  const { cache, keepTexts = true, memoryBytes = DEFAULT_MEMORY } = options;
   const recent = recentlyUsed(memoryBytes);
   const pictures = pictureEncoder(options);
   let textEncoders: readonly Encoder<string>[] | undefined;
@@ -160,7 +162,7 @@ export function createEncodings(options: EncodingsOptions): Encodings {
     const made = missing.length > 0 ? await encoder.encode(missing.map(([, item]) => item)) : [];
     for (const [i, [key]] of missing.entries()) {
       found.set(key, expanded(made[i]!));
-      await cache?.write(key, made[i]!);
+      if (encoder.part === 'vae' || keepTexts) await cache?.write(key, made[i]!);
     }
     for (const [key, tensors] of found) recent.set(key, tensors);
     return keys.map((key) => found.get(key)!);

@@ -148,7 +148,12 @@ function differentiate(segments: readonly Segment[], isTrained: (name: string) =
     const { inputs, parameters } = leaves(segment);
     const own = parameters.filter(({ name }) => isTrained(name!));
     const flows = inputs.filter(({ name }) => live.has(name!) && outputsBefore[i]!.has(name!));
-    if (own.length > 0 || flows.length > 0) for (const name of Object.keys(segment.outputs)) live.add(name);
+    const sources = [...own, ...flows];
+    for (const [name, output] of Object.entries(segment.outputs)) {
+      // What hangs on nothing trained needs no gradient: with a LoRA, the conditioning of all blocks.
+      if (dependencies(output, sources).length > 0) live.add(name);
+      else live.delete(name);
+    }
     return { own, flows };
   });
   const stages: Stage[] = [];

@@ -2,7 +2,7 @@
 
 import { TIMESTEP_SCALE, type TransformerConfig, type VaeConfig, vaeDownscale } from '../models/config.ts';
 import { mmditxSegment, stageCount, type TransformerInputs, timestepEmbedding } from '../models/mmditx.ts';
-import { decode, encodeMoments, imageInput } from '../models/vae.ts';
+import { decodeWithFeatures, encodeMoments, imageInput } from '../models/vae.ts';
 import type { Weights } from '../models/weights.ts';
 import * as t from '../tensor/index.ts';
 
@@ -78,6 +78,31 @@ export interface AutoencoderLossOptions {
   colour?: number;
   /** Weight of the posterior's divergence from a standard normal (default 1e-4). */
   divergence?: number;
+  /**
+   * Weight of pictures that are read off the latent and each level of the decoder by a linear map (default 0.5; deep
+   * supervision, Lee et al. 2015). Without it the encoder learns what the decoder can draw already, and the decoder what
+   * the encoder keeps, and both stay behind what principal components of 8 x 8 pixels keep.
+   */
+  readouts?: number;
+}
+
+/** What the names of the linear maps begin with; they are no part of the autoencoder. */
+export const READOUTS = 'readouts.';
+
+/** The weights that {@link autoencoderLoss} has besides those of the autoencoder, by name. */
+export function readoutTensors(config: VaeConfig): ReadonlyMap<string, readonly number[]> {
+  const { channels, multipliers, latentChannels, imageChannels } = config;
+  const pixels = (level: number) => imageChannels * 4 ** level;
+  const top = multipliers.length - 1;
+  const shapes = new Map<string, readonly number[]>([
+    [`${READOUTS}latent.weight`, [pixels(top), latentChannels, 3, 3]],
+    [`${READOUTS}latent.bias`, [pixels(top)]],
+  ]);
+  for (let level = 1; level <= top; level++) {
+    shapes.set(`${READOUTS}${level}.weight`, [pixels(level), channels * multipliers[level]!, 1, 1]);
+    shapes.set(`${READOUTS}${level}.bias`, [pixels(level)]);
+  }
+  return shapes;
 }
 
 /**
@@ -88,22 +113,51 @@ export interface AutoencoderLossOptions {
 export function autoencoderLoss(
   config: VaeConfig,
   weights: Weights,
-  { edges = 1, colour = 2, divergence = 1e-4 }: AutoencoderLossOptions = {},
+  { edges = 1, colour = 2, divergence = 1e-4, readouts = 0.5 }: AutoencoderLossOptions = {},
 ): { loss: t.Tensor; pixels: t.Tensor; divergence: t.Tensor } {
   const image = imageInput(config);
   const [mean, logVariance] = t.split(encodeMoments(config, weights, image), 2, 1) as [t.Tensor, t.Tensor];
   const noise = t.input('noise', 'float32', mean.shape);
   const sample = t.add(mean, t.multiply(t.exponential(t.multiply(logVariance, 0.5)), noise));
   const latent = t.multiply(t.subtract(sample, config.latentShift), config.latentScale);
-  const difference = t.subtract(decode(config, weights, latent), image);
+  const decoded = decodeWithFeatures(config, weights, latent);
+  const difference = t.subtract(decoded.image, image);
   const pixels = t.mean(t.absolute(difference));
   const edgeError = t.add(t.mean(t.absolute(slope(difference, 2))), t.mean(t.absolute(slope(difference, 3))));
   const colourError = t.mean(t.absolute(blockMeans(difference, vaeDownscale(config))));
   const spread = t.subtract(t.add(t.square(mean), t.exponential(logVariance)), t.add(logVariance, 1));
   const kl = t.multiply(t.mean(spread), 0.5);
   const reconstruction = t.add(t.add(pixels, t.multiply(edgeError, edges)), t.multiply(colourError, colour));
-  const loss = t.add(reconstruction, t.multiply(kl, divergence));
-  return { loss, pixels, divergence: kl };
+  const alone = t.add(reconstruction, t.multiply(kl, divergence));
+  if (readouts === 0) return { loss: alone, pixels, divergence: kl };
+  const read = (name: string, features: t.Tensor) =>
+    readoutError(config, weights, readoutTensors(config), name, features, image);
+  const errors = [read('latent', latent)];
+  for (const [level, features] of decoded.features.entries()) if (level > 0) errors.push(read(String(level), features));
+  const sum = errors.reduce((a, b) => t.add(a, b));
+  return { loss: t.add(alone, t.multiply(sum, readouts / errors.length)), pixels, divergence: kl };
+}
+
+/** Mean absolute error of a picture that is read off features, each place giving a square of pixels. */
+function readoutError(
+  { imageChannels }: VaeConfig,
+  weights: Weights,
+  shapes: ReadonlyMap<string, readonly number[]>,
+  name: string,
+  features: t.Tensor,
+  image: t.Tensor,
+): t.Tensor {
+  const key = `${READOUTS}${name}.weight`;
+  const [pixels, , side] = shapes.get(key) as [number, number, number];
+  const kernel = weights(key, shapes.get(key)!);
+  const bias = weights(`${READOUTS}${name}.bias`, [pixels]);
+  const zeros = (side - 1) / 2;
+  const squares = t.convolution(features, kernel, bias, { padding: [zeros, zeros, zeros, zeros] });
+  const [batch, , rows, columns] = squares.shape as [t.Dimension, t.Dimension, t.Dimension, t.Dimension];
+  const square = Math.sqrt(pixels / imageChannels);
+  const pieces = t.reshape(squares, [batch, imageChannels, square, square, rows, columns]);
+  const read = t.reshape(t.transpose(pieces, [0, 1, 4, 2, 5, 3]), image.shape);
+  return t.mean(t.absolute(t.subtract(read, image)));
 }
 
 /** Means of square blocks of an image. */

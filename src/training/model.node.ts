@@ -1,34 +1,43 @@
 /** The model that a training run works on: what lies in files, what earlier stages made, and what begins at random. */
 
+import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
-import { mkdir } from 'node:fs/promises';
+import { mkdir, stat } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { MmditxError } from '../errors.ts';
 import { CLIP_G, CLIP_L, SD3_VAE, SD35_MEDIUM_TRANSFORMER, T5_XXL, type TransformerConfig } from '../models/config.ts';
+import { modelIdentity } from '../pipeline/identity.ts';
 import { openFiles, readTokenizers } from '../pipeline/open.node.ts';
-import { type FloatTensor, floats, type TensorData, toFloat16 } from '../tensor/data.ts';
+import { type FloatTensor, toFloat16 } from '../tensor/data.ts';
 import { clipTokenizer } from '../text/tokenizer.ts';
+import { writeFileAtomically } from '../weights/atomic.node.ts';
 import {
   type Checkpoint,
   findMismatch,
   type PartConfigs,
   type PartName,
+  type PartWeights,
   partNames,
   partTitles,
 } from '../weights/checkpoint.ts';
 import { partPrefixes } from '../weights/convert.ts';
-import { convertParts } from '../weights/converted.node.ts';
+import { type ConversionOptions, convertParts } from '../weights/converted.node.ts';
 import { clipTensors, type TensorShapes, t5Tensors, transformerTensors, vaeTensors } from '../weights/expected.ts';
 import { writeSafetensorsFile } from '../weights/files.node.ts';
 import { CLIP_TOKENIZER_KEY, configMetadata, T5_TOKENIZER_KEY } from '../weights/metadata.ts';
+import { type PlannedTensors, plannedSafetensorsChunks } from '../weights/safetensors.ts';
 import { readFloats } from '../weights/stored.ts';
 import { INITIAL_STREAM, stepRandom } from './batches.ts';
 import type { NetworksConfig, TrainConfig } from './config.ts';
 import type { Parameters } from './gradients.ts';
-import { initialValue, positionTable } from './initial.ts';
+import { initialValue, type PositionTableOptions, positionTable } from './initial.ts';
 
 export interface TrainingModel {
   readonly parts: Checkpoint['parts'];
+  /** The same networks as they lie in files, where `parts` are in the precision of frozen weights. */
+  readonly stored: Checkpoint['parts'];
+  /** Tells models apart; null where the run begins from nothing. */
+  readonly identity: string | null;
   readonly files: Checkpoint['files'];
   readonly tokenizers: Checkpoint['tokenizers'];
   /** The LoRA of an earlier stage, from which the next one goes on. */
@@ -41,31 +50,42 @@ export async function openModel(
   config: TrainConfig,
   resolve: (path: string) => string,
   onNote: (text: string) => void,
+  onProgress?: ConversionOptions['onProgress'],
 ): Promise<TrainingModel> {
   const tokenizers = {
     ...(config.clipTokenizer !== undefined && { clipTokenizer: resolve(config.clipTokenizer) }),
     ...(config.t5Tokenizer !== undefined && { t5Tokenizer: resolve(config.t5Tokenizer) }),
   };
   if (config.model === undefined) {
-    const none = { parts: {}, files: [], tokenizers: {} };
+    const none = { parts: {}, stored: {}, files: [], tokenizers: {}, identity: null };
     const texts = await readTokenizers(none, process.cwd(), tokenizers);
     return { ...none, tokenizers: texts, close: async () => undefined };
   }
   const paths = [config.model].flat().map(resolve);
   const { checkpoint, close } = await openFiles(paths, { onNote });
-  const found = await readTokenizers(checkpoint, dirname(paths[0]!), tokenizers);
+  const home = (await stat(paths[0]!)).isDirectory() ? paths[0]! : dirname(paths[0]!);
+  const found = await readTokenizers(checkpoint, home, tokenizers);
   const kept = keptParts(checkpoint, config.networks);
   const texts = { ...checkpoint.tokenizers, ...found };
-  if (config.precision === undefined || config.precision === 'fp32') {
-    return { ...checkpoint, parts: kept, tokenizers: texts, close };
-  }
-  const wanted = partNames.filter((part) => part !== 'vae' && kept[part]);
-  const converted = await convertParts({ ...checkpoint, parts: kept }, wanted, config.precision, {});
+  const identity = (await modelIdentity(checkpoint)).hash;
+  const base = { ...checkpoint, parts: kept, stored: kept, tokenizers: texts, identity, close };
+  if (config.precision === undefined || config.precision === 'fp32') return base;
+  // What is trained whole must begin from its own values.
+  const wanted = partNames.filter((part) => part !== 'vae' && kept[part] && !isTrainedWhole(part, config));
+  const converted = await convertParts({ ...checkpoint, parts: kept }, wanted, config.precision, { onProgress });
   return {
-    ...converted.checkpoint,
-    tokenizers: texts,
+    ...base,
+    parts: converted.checkpoint.parts,
+    files: converted.checkpoint.files,
     close: async () => void (await Promise.all([converted.close(), close()])),
   };
+}
+
+function isTrainedWhole(part: PartName, { stages }: Pick<TrainConfig, 'stages'>): boolean {
+  return stages.some(
+    (stage) =>
+      stage.train === 'diffusion' && (part === 'transformer' ? stage.transformer : stage.textEncoders) === 'full',
+  );
 }
 
 /** The networks of files that are not to begin anew. */
@@ -85,6 +105,7 @@ export async function withFile(model: TrainingModel, path: string): Promise<Trai
   return {
     ...model,
     parts,
+    stored: { ...model.stored, ...checkpoint.parts },
     files: [...checkpoint.files, ...model.files],
     close: async () => void (await Promise.all([close(), model.close()])),
   };
@@ -102,16 +123,20 @@ export async function withPart(
   folder: string,
 ): Promise<TrainingModel> {
   if (model.parts[part]) return model;
-  if (!networks) {
+  if (!networks?.[part]) {
     throw new MmditxError(
       'missing-part',
       `The model has no ${partTitles[part]}, which this stage needs; add its file to "model" or describe it in "networks".`,
     );
   }
-  const path = join(folder, `${part}.safetensors`);
-  // Made by an earlier run: always the same.
-  if (existsSync(path)) return withFile(model, path);
   const configs = freshConfigs(networks, model);
+  const positions = part === 'transformer' ? (networks.transformer?.positions ?? SD3_GRID) : null;
+  const digest = createHash('sha256')
+    .update(JSON.stringify([seed, configs[part], positions]))
+    .digest('hex');
+  const path = join(folder, `${part}-${digest.slice(0, DIGEST_DIGITS)}.safetensors`);
+  // Made when the run was begun: always the same.
+  if (existsSync(path)) return withFile(model, path);
   const shapes = tensorShapes(part, configs);
   const random = stepRandom(seed, INITIAL_STREAM, partNames.indexOf(part));
   const values: Parameters = new Map();
@@ -123,6 +148,8 @@ export async function withPart(
   await writeSafetensorsFile(path, values, configMetadata({ [part]: configs[part] }));
   return withFile(model, path);
 }
+
+const DIGEST_DIGITS = 12;
 
 function tensorShapes(part: PartName, configs: PartConfigs): TensorShapes {
   switch (part) {
@@ -153,7 +180,8 @@ function freshConfigs(networks: NetworksConfig, { tokenizers, parts }: TrainingM
   const left = parts.clipL?.config ?? clipOf(CLIP_L, clipL);
   const right = parts.clipG?.config ?? clipOf(CLIP_G, clipG);
   const clipWidth = left.pooledWidth + right.pooledWidth;
-  const t5Width = parts.t5?.config.width ?? (clipL || clipG ? clipWidth : T5_XXL.width);
+  const known = parts.t5?.config.width ?? parts.transformer?.config.contextWidth;
+  const t5Width = known ?? (clipL || clipG ? clipWidth : T5_XXL.width);
   const hiddenSize = transformerChanges.hiddenSize ?? SD35_MEDIUM_TRANSFORMER.hiddenSize;
   const heads = transformerChanges.heads ?? SD35_MEDIUM_TRANSFORMER.heads;
   return {
@@ -206,17 +234,24 @@ export function extendedPositions(
   table: FloatTensor,
   config: TransformerConfig,
   side: number,
-  networks: NetworksConfig | undefined,
+  grid: PositionTableOptions = SD3_GRID,
 ): FloatTensor {
   const { hiddenSize, tableSize } = config;
-  if (side < tableSize) {
+  if (side < tableSize || (side - tableSize) % 2 !== 0) {
     throw new MmditxError(
       'bad-option',
-      `The position table has ${tableSize} x ${tableSize} patches already; positions.table must not be smaller.`,
+      `The position table has ${tableSize} x ${tableSize} patches; positions.table must be larger by an even number.`,
     );
   }
-  const wide = positionTable({ hiddenSize, tableSize: side }, networks?.transformer?.positions ?? SD3_GRID);
-  const start = Math.floor((side - tableSize) / 2);
+  const own = positionTable({ hiddenSize, tableSize }, grid).data;
+  if (own.some((value, i) => Math.abs(value - table.data[i]!) > HALF_PRECISION_ERROR)) {
+    throw new MmditxError(
+      'bad-option',
+      `The model was made with other positions than ${grid.grid} patches over 0 to ${grid.span}; give its own as positions.grid and positions.span.`,
+    );
+  }
+  const wide = positionTable({ hiddenSize, tableSize: side }, grid);
+  const start = (side - tableSize) / 2;
   for (let row = 0; row < tableSize; row++) {
     const from = row * tableSize * hiddenSize;
     wide.data.set(
@@ -225,6 +260,25 @@ export function extendedPositions(
     );
   }
   return wide;
+}
+
+/** Of a sine stored in 16 bits, with room. */
+const HALF_PRECISION_ERROR = 2e-3;
+
+/** The tensors of a network in floating point, each read when its turn comes. */
+function exportedTensors(
+  part: PartName,
+  source: PartWeights<unknown> | undefined,
+  precision: 'fp32' | 'fp16',
+): PlannedTensors[] {
+  const dtype = precision === 'fp32' ? 'float32' : 'float16';
+  return [...(source?.tensors ?? [])].map(([name, weight]) => ({
+    tensors: new Map([[partPrefixes[part] + name, { dtype, shape: weight.shape }]]),
+    async values() {
+      const { data } = await readFloats(weight);
+      return [precision === 'fp32' ? data : toFloat16(data)];
+    },
+  }));
 }
 
 export interface ExportOptions {
@@ -238,24 +292,16 @@ export async function exportModel(
   path: string,
   { precision, metadata }: ExportOptions,
 ): Promise<void> {
-  const tensors = new Map<string, TensorData>();
-  for (const part of partNames) {
-    for (const [name, weight] of model.parts[part]?.tensors ?? []) {
-      const { shape, data } = await readFloats(weight);
-      tensors.set(
-        partPrefixes[part] + name,
-        precision === 'fp32' ? floats(shape, data) : { dtype: 'float16', shape, data: toFloat16(data) },
-      );
-    }
-  }
-  const configs = Object.fromEntries(partNames.map((part) => [part, model.parts[part]?.config]));
+  const plans = partNames.flatMap((part) => exportedTensors(part, model.stored[part], precision));
+  const configs = Object.fromEntries(partNames.map((part) => [part, model.stored[part]?.config]));
   const { clip, t5 } = model.tokenizers;
   await mkdir(dirname(path), { recursive: true });
-  await writeSafetensorsFile(path, tensors, {
+  const complete = {
     format: 'pt',
     ...configMetadata(configs),
     ...(clip !== undefined && { [CLIP_TOKENIZER_KEY]: clip }),
     ...(t5 !== undefined && { [T5_TOKENIZER_KEY]: t5 }),
     ...metadata,
-  });
+  };
+  await writeFileAtomically(path, plannedSafetensorsChunks(plans, complete));
 }

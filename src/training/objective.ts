@@ -26,29 +26,35 @@ export interface ObjectiveOptions {
   readonly checkpointing?: number | undefined;
   /** Whether the batch brings a `weight` for each item. */
   readonly weighted?: boolean;
+  /** Whether the largest attention logit is a metric, where everything is one program. */
+  readonly attentionLogits?: boolean | undefined;
 }
+
+/** Name of the metric. */
+export const ATTENTION_LOGIT = 'attention logit';
 
 /**
  * The segments whose last gives the loss. They take the batch's `latent`, `target`, `timestep`, `corner`, and `context`
  * and `pooled`, or what {@link encodedText} takes.
  */
 export function diffusionSegments(options: ObjectiveOptions): Segment[] {
-  const { config, transformer, encoders, checkpointing, weighted } = options;
+  const { config, transformer, encoders, checkpointing, weighted, attentionLogits } = options;
   const end = stageCount(config);
   const lossOf = (program: t.Program) => ({
     loss: velocityError(program.outputs.velocity!, weighted ? { weighted } : {}),
   });
-  if (checkpointing === undefined) {
+  const parts = [transformer, ...Object.values(encoders ?? {}).map(({ part }) => part)];
+  if (checkpointing === undefined && inOneFolder(parts)) {
     const given = encoders && encodedText(encoders);
-    const parts = encoders ? [transformer, ...Object.values(encoders).map(({ part }) => part)] : [transformer];
-    return [{ outputs: lossOf(mmditxSegment(config, transformer.weights, 0, end, given)), ...joinParts(parts) }];
+    const outputs = lossOf(mmditxSegment(config, transformer.weights, 0, end, given));
+    const logit = attentionLogits ? t.largestAttentionLogit([outputs.loss]) : undefined;
+    return [{ outputs: { ...outputs, ...(logit && { [ATTENTION_LOGIT]: logit }) }, ...joinParts(parts) }];
   }
-  const segments: Segment[] = encoders
-    ? [{ outputs: { ...encodedText(encoders) }, ...joinParts(Object.values(encoders).map(({ part }) => part)) }]
-    : [];
+  const segments: Segment[] = encoders ? encoderSegments(encoders) : [];
+  const blocks = checkpointing ?? config.depth;
   for (let start = 0; start < end; ) {
     // The embedding goes with the first blocks, the output with the last.
-    const next = Math.max(start, stageOf(0)) + checkpointing;
+    const next = Math.max(start, stageOf(0)) + blocks;
     const stop = next >= stageOf(config.depth) ? end : next;
     const program = mmditxSegment(config, transformer.weights, start, stop);
     segments.push({ outputs: stop === end ? lossOf(program) : program.outputs, ...joinParts([transformer]) });
@@ -57,23 +63,60 @@ export function diffusionSegments(options: ObjectiveOptions): Segment[] {
   return segments;
 }
 
+/** One program takes files from one folder only. */
+function inOneFolder(parts: readonly TrainedPart[]): boolean {
+  return new Set(parts.flatMap(({ folders }) => folders)).size <= 1;
+}
+
+type ClipName = 'clipL' | 'clipG';
+
+/** Each encoder by itself, and then their outputs joined. */
+function encoderSegments(encoders: TrainedEncoders): Segment[] {
+  const batch = batchSymbol;
+  const output = (name: string, shape: t.Shape) => t.input(name, 'float32', shape);
+  const clips = (['clipL', 'clipG'] as const).map((name) => {
+    const { hidden, pooled } = clipOutputs(name, encoders[name]);
+    return { outputs: { [`${name}.hidden`]: hidden, [`${name}.pooled`]: pooled }, ...joinParts([encoders[name].part]) };
+  });
+  const given = (name: ClipName) => {
+    const { positions, width, pooledWidth } = encoders[name].config;
+    return {
+      hidden: output(`${name}.hidden`, [batch, positions, width]),
+      pooled: output(`${name}.pooled`, [batch, pooledWidth]),
+    };
+  };
+  const { tokens, width } = encoders.t5.config;
+  const joined = joinEncoders(given('clipL'), given('clipG'), output('t5.hidden', [batch, tokens, width]));
+  return [
+    ...clips,
+    { outputs: { 't5.hidden': t5Output(encoders.t5) }, ...joinParts([encoders.t5.part]) },
+    { outputs: { ...joined }, ...joinParts([]) },
+  ];
+}
+
 /**
  * Text encoded inside the program. Inputs for `clipL` and `clipG`: `.ids` [batch, positions], `.end` (where each text
  * ends) and `.keep` [batch, 1], 0 where the encoder is dropped; for `t5`: `.ids`, `.buckets` and `.keep`.
  */
-export function encodedText({ clipL, clipG, t5 }: TrainedEncoders): Pick<TransformerInputs, 'context' | 'pooled'> {
-  const batch = t.symbol('batch');
-  const ids = (name: string, length: number) => t.input(`${name}.ids`, 'int32', [batch, length]);
-  const keep = (name: string) => t.input(`${name}.keep`, 'float32', [batch, 1]);
-  const clipOf = (name: string, { config, part }: TrainedEncoders['clipL']) => {
-    const inputs = { ids: ids(name, config.positions), end: t.input(`${name}.end`, 'int64', [batch]) };
-    const { hidden, pooled } = clip(config, part.weights, inputs);
-    const kept = keep(name);
-    return { hidden: t.multiply(hidden, t.reshape(kept, [batch, 1, 1])), pooled: t.multiply(pooled, kept) };
-  };
-  const { tokens } = t5.config;
+export function encodedText(encoders: TrainedEncoders): Pick<TransformerInputs, 'context' | 'pooled'> {
+  const { clipL, clipG, t5 } = encoders;
+  return joinEncoders(clipOutputs('clipL', clipL), clipOutputs('clipG', clipG), t5Output(t5));
+}
+
+const batchSymbol = t.symbol('batch');
+const keepInput = (name: string) => t.input(`${name}.keep`, 'float32', [batchSymbol, 1]);
+const idsInput = (name: string, length: number) => t.input(`${name}.ids`, 'int32', [batchSymbol, length]);
+
+function clipOutputs(name: ClipName, { config, part }: TrainedEncoders[ClipName]) {
+  const end = t.input(`${name}.end`, 'int64', [batchSymbol]);
+  const { hidden, pooled } = clip(config, part.weights, { ids: idsInput(name, config.positions), end });
+  const kept = keepInput(name);
+  return { hidden: t.multiply(hidden, t.reshape(kept, [batchSymbol, 1, 1])), pooled: t.multiply(pooled, kept) };
+}
+
+function t5Output({ config, part }: TrainedEncoders['t5']): t.Tensor {
+  const { tokens } = config;
   const buckets = t.input('t5.buckets', 'int32', [tokens, tokens]);
-  const hidden = t5Encoder(t5.config, t5.part.weights, { ids: ids('t5', tokens), buckets });
-  const t5Hidden = t.multiply(hidden, t.reshape(keep('t5'), [batch, 1, 1]));
-  return joinEncoders(clipOf('clipL', clipL), clipOf('clipG', clipG), t5Hidden);
+  const hidden = t5Encoder(config, part.weights, { ids: idsInput('t5', tokens), buckets });
+  return t.multiply(hidden, t.reshape(keepInput('t5'), [batchSymbol, 1, 1]));
 }

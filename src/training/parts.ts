@@ -19,6 +19,8 @@ export type Training = 'full' | 'lora' | 'frozen';
 export interface TrainedPart {
   /** What the names of its parameters begin with. */
   readonly prefix: string;
+  /** Folders of the files that its weights are mapped from. */
+  readonly folders: readonly string[];
   /** Its weights, for recording the program. */
   readonly weights: Weights;
   /** Where frozen weights come from. */
@@ -43,6 +45,7 @@ export function wholePart(part: PartName, values: Parameters): TrainedPart {
   const recorded = new Map<string, Tensor>();
   return {
     prefix: partPrefixes[part],
+    folders: [],
     weights(name, shape) {
       const full = parameterName(part, name);
       const known = recorded.get(full) ?? parameter(full, 'float32', shape);
@@ -78,7 +81,19 @@ export async function readParameters(part: PartName, { tensors }: PartWeights<un
 /** A network that stays as it lies in its file. */
 export function frozenPart(part: PartName, source: PartWeights<unknown>): TrainedPart {
   const bound = bindWeights(source, { label: partPrefixes[part], expandWeights: false, packWeights: false });
-  return { prefix: partPrefixes[part], weights: bound.weights, compile: bound, prepare: bound.read };
+  const paths = bound.sources.flatMap(({ path }) => path ?? []);
+  const folders = [...new Set(paths.map((path) => path.slice(0, path.search(/[^/\\]*$/))))];
+  return {
+    prefix: partPrefixes[part],
+    folders,
+    weights: bound.weights,
+    compile: bound,
+    async prepare() {
+      // A file that became shorter while it is mapped would end the process without a word.
+      await Promise.all(bound.sources.map((source) => source.requireUnchanged?.()));
+      await bound.read();
+    },
+  };
 }
 
 /** A layer that a LoRA changes. */
@@ -223,7 +238,7 @@ export function joinParts(parts: readonly TrainedPart[]): { compile: CompileOpti
         return [...new Map(files.map((file) => [file.name, file])).values()];
       },
       // Expanding 16 bits once would keep two copies of a large model, and packing another.
-      ...(inFiles && { expandWeights: false, packWeights: false }),
+      ...(inFiles && { expandWeights: false, packWeights: false, keepBuffers: false }),
     },
     prepare: async () => void (await Promise.all(parts.map((part) => part.prepare()))),
   };

@@ -1,5 +1,6 @@
 /** A training run from its configuration to its model: stage after stage, each from what the one before made. */
 
+import { createHash } from 'node:crypto';
 import { rm } from 'node:fs/promises';
 import { join, relative } from 'node:path';
 import { MmditxError } from '../errors.ts';
@@ -17,6 +18,7 @@ import { clipTokenizer, t5Tokenizer } from '../text/tokenizer.ts';
 import { type PartName, partTitles } from '../weights/checkpoint.ts';
 import { fileSource } from '../weights/files.node.ts';
 import { type Lora, openLora } from '../weights/lora.ts';
+import { storedBytes } from '../weights/stored.ts';
 import { autoencoderWork } from './autoencoder.node.ts';
 import { allViews, type Entry, stepRandom, VALIDATION_STREAM } from './batches.ts';
 import type { DiffusionStage, StageConfig, TrainConfig } from './config.ts';
@@ -28,16 +30,18 @@ import { createEncodings } from './encodings.node.ts';
 import { openTrainLog, type TrainLog, type TrainReporter, trainReporter } from './log.node.ts';
 import type { RunPosition, SamplePicture, TrainEvent } from './log.ts';
 import { exportModel, openModel, type TrainingModel, withFile, withPart } from './model.node.ts';
+import { renderPicture } from './pictures.node.ts';
 import {
   lockRun,
   type RunFolder,
+  type RunMaterial,
   readStageRecord,
   runFolder,
   type StageRecord,
-  stageFingerprint,
+  stageFingerprints,
   writeStageRecord,
 } from './run-folder.node.ts';
-import { restoreStage, runStage, type StageLoopOptions, type StageWork } from './stage.node.ts';
+import { restoreStage, runStage, type StageFingerprints, type StageLoopOptions, type StageWork } from './stage.node.ts';
 import { TOKENIZER_FILES, trainTokenizers } from './tokenizers.node.ts';
 
 export interface TrainOptions {
@@ -45,6 +49,8 @@ export interface TrainOptions {
   signal?: AbortSignal | undefined;
   /** Called with everything that the log is told. */
   onEvent?: (event: TrainEvent) => void;
+  /** Called once with what was found in the data sets, as text for a terminal. */
+  onData?: (text: string) => void;
   /** Called while pictures are read and encoded. */
   onPreparation?: (progress: { readonly what: string; readonly done: number; readonly total: number }) => void;
   /** Runs the networks (default: the configured device, or the fastest). */
@@ -80,25 +86,30 @@ async function run(file: TrainConfigFile, folder: RunFolder, options: TrainOptio
   const journal = createJournal(config, folder, options);
   const context: RunContext = { ...file, folder, runtime, data, journal, options };
   let model = await openModel(config, resolve, journal.note);
-  journal.describe(dataText(data, captionLimits(model)));
-  const digests = [...data.values()].flatMap(({ training, heldOut }) =>
-    [...training, ...heldOut].map(({ digest }) => digest),
-  );
+  const found = dataText(data, captionLimits(model));
+  journal.describe(found);
+  options.onData?.(found);
+  if (config.validation && [...data.values()].every(({ heldOut }) => heldOut.length === 0)) {
+    journal.note(
+      'No picture is kept for validation: there are too few; raise validation.share or give validation.path.',
+    );
+  }
+  const material: RunMaterial = { data: dataDigests(data), model: model.identity };
   let made: string[] = [];
   try {
     for (const [index, stage] of config.stages.entries()) {
       model = await withFreshParts(context, model, stage);
       const stageFolder = folder.stage(index, stage);
-      const fingerprint = stageFingerprint(config, index, digests);
+      const fingerprints = stageFingerprints(config, index, material);
       let record = await readStageRecord(stageFolder);
-      if (record && record.fingerprint !== fingerprint) {
+      if (record && record.fingerprint !== fingerprints.exact) {
         throw new MmditxError(
           'bad-option',
-          `Stage "${stage.name}" in ${folder.path} was made with another configuration or other pictures; ` +
+          `Stage "${stage.name}" in ${folder.path} was made with another configuration, or other pictures, captions or model; ` +
             'undo the change, or give the run another "output".',
         );
       }
-      record ??= await runStageOf(context, model, stage, index, fingerprint);
+      record ??= await runStageOf(context, model, stage, index, fingerprints);
       model = await withRecord(model, record, stageFolder);
       const names = [...record.parts, ...(record.lora === undefined ? [] : [record.lora])];
       made = names.map((name) => join(stageFolder, name));
@@ -123,6 +134,8 @@ async function run(file: TrainConfigFile, folder: RunFolder, options: TrainOptio
 
 /** The log and the report of a run. */
 interface Journal {
+  /** Waits until what was emitted is on the disk. */
+  flush(): Promise<void>;
   /** What was found in the data sets. */
   describe(data: string): void;
   /** Begins to write, after what happened before a position; what was emitted before follows. Does nothing when it is open. */
@@ -130,6 +143,16 @@ interface Journal {
   emit(event: TrainEvent): void;
   note(message: string): void;
   end(reason: 'finished' | 'stopped' | 'failed', message?: string): Promise<void>;
+}
+
+/** The bytes and captions of each data set, as a digest. */
+function dataDigests(data: ReadonlyMap<string, ReadData>): Map<string, string> {
+  return new Map(
+    [...data].map(([name, { training, heldOut }]) => {
+      const pictures = [...training, ...heldOut].map(({ name: file, digest, captions }) => [file, digest, captions]);
+      return [name, createHash('sha256').update(JSON.stringify(pictures)).digest('hex')];
+    }),
+  );
 }
 
 function captionLimits({ tokenizers, parts }: TrainingModel): CaptionLimits {
@@ -187,11 +210,10 @@ export async function encodeData(configPath: string, options: TrainOptions = {})
   try {
     for (const [index, stage] of config.stages.entries()) {
       const record = await readStageRecord(folder.stage(index, stage));
+      model = await withFreshParts(context, model, stage);
       if (stage.train === 'diffusion') {
-        const complete = record ? model : await withFreshParts(context, model, stage);
-        const { encodings } = await encode(context, complete, stage, stageEntries(data, stage.data));
+        const { encodings } = await encode(context, model, stage, stageEntries(data, stage.data));
         await encodings.dispose();
-        model = complete;
       } else if (!record) return false;
       if (record) model = await withRecord(model, record, folder.stage(index, stage));
       else if (stage.train === 'diffusion' && stage.textEncoders === 'full') return index === config.stages.length - 1;
@@ -211,6 +233,7 @@ function silentJournal({ onEvent }: TrainOptions): Journal {
     emit: (event) => onEvent?.(event),
     note,
     end: async () => undefined,
+    flush: async () => undefined,
   };
 }
 
@@ -292,6 +315,7 @@ function createJournal(config: TrainConfig, folder: RunFolder, { onEvent }: Trai
     },
     emit,
     note,
+    flush: async () => log?.flush(),
     async end(reason, message) {
       if (!log) return;
       emit({ type: 'end', time: now(), ...position, reason, ...(message !== undefined && { message }) });
@@ -330,8 +354,9 @@ async function runStageOf(
   model: TrainingModel,
   stage: StageConfig,
   index: number,
-  fingerprint: string,
+  fingerprints: StageFingerprints,
 ): Promise<StageRecord> {
+  const fingerprint = fingerprints.exact;
   const { folder, data, journal } = context;
   const output = folder.stage(index, stage);
   const entries = stageEntries(data, stage.data);
@@ -342,9 +367,10 @@ async function runStageOf(
   }
   if (stage.train === 'autoencoder') {
     const { config, runtime } = context;
-    const work = await autoencoderWork({ config, stage, index, model, runtime, training: entries.training });
+    const { training } = await decodable(context, { training: entries.training, heldOut: [] });
+    const work = await autoencoderWork({ config, stage, index, model, runtime, training });
     try {
-      await runWork(context, work, stage, index, fingerprint);
+      await runWork(context, work, stage, index, fingerprints);
       return await finish(output, { fingerprint, ...relativeTo(output, await work.write(output)) });
     } finally {
       await work.dispose();
@@ -356,7 +382,7 @@ async function runStageOf(
     const work = await diffusionWork({ config, stage, index, model, runtime, ...usable, encodings, cached, resolve });
     try {
       const sample = config.samples && ((step: number) => drawSamples(context, model, work, stage, step));
-      await runWork(context, { ...work, ...(sample && { sample }) }, stage, index, fingerprint);
+      await runWork(context, { ...work, ...(sample && { sample }) }, stage, index, fingerprints);
       return await finish(output, { fingerprint, ...relativeTo(output, await work.write(output)) });
     } finally {
       await work.dispose();
@@ -383,15 +409,16 @@ async function runWork(
   work: StageWork,
   stage: Exclude<StageConfig, { train: 'tokenizers' }>,
   index: number,
-  fingerprint: string,
+  fingerprints: StageFingerprints,
 ): Promise<void> {
   const loop: StageLoopOptions = {
     config,
     stage,
     index,
     checkpoints: folder.checkpoints,
-    fingerprint,
+    fingerprints,
     emit: journal.emit,
+    flush: journal.flush,
     signal: options.signal,
   };
   const problems: string[] = [];
@@ -415,9 +442,17 @@ async function encode(
     ? await openEncodedCache(typeof config.cache === 'string' ? resolve(config.cache) : folder.cache)
     : undefined;
   const { parts, files, tokenizers } = model;
-  const encodings = createEncodings({ checkpoint: { parts, files, tokenizers }, runtime, ...(cache && { cache }) });
-  if (!cached) return { encodings, usable: entries, cached };
-  const work = encodingWork([...entries.training, ...entries.heldOut], stage);
+  const all = [...entries.training, ...entries.heldOut];
+  const { t5Tokens } = stage.text;
+  const work = encodingWork(all, stage, model);
+  const encodings = createEncodings({
+    checkpoint: { parts, files, tokenizers },
+    runtime,
+    ...(cache && { cache }),
+    keepTexts: work.texts.length > 0,
+    ...(t5Tokens !== undefined && { tokens: { t5Tokens: { length: t5Tokens } } }),
+  });
+  if (!cached) return { encodings, usable: await decodable(context, entries), cached };
   const skipped = new Set<string>();
   await encodings.fill(work, {
     signal,
@@ -428,25 +463,70 @@ async function encode(
       skipped.add(picture.path);
     },
   });
-  const usable = (list: readonly Entry[]) => list.filter(({ picture }) => !skipped.has(picture.path));
-  return { encodings, usable: { training: usable(entries.training), heldOut: usable(entries.heldOut) }, cached };
+  return { encodings, usable: without(skipped, entries, stage), cached };
 }
 
-/** More texts than this are encoded when they are shown: each takes a file. */
+type Entries = { readonly training: readonly Entry[]; readonly heldOut: readonly Entry[] };
+
+function without(skipped: ReadonlySet<string>, { training, heldOut }: Entries, stage?: StageConfig): Entries {
+  const usable = (list: readonly Entry[]) => list.filter(({ picture }) => !skipped.has(picture.path));
+  const left = { training: usable(training), heldOut: usable(heldOut) };
+  if (left.training.length > 0) return left;
+  throw new MmditxError(
+    'bad-file',
+    `None of the pictures${stage ? ` of stage "${stage.name}"` : ''} can be decoded; repair them or give others.`,
+  );
+}
+
+/** Leaves out pictures that cannot be decoded, which their headers do not tell. */
+async function decodable(
+  { journal, options: { signal, onPreparation } }: RunContext,
+  entries: Entries,
+): Promise<Entries> {
+  const first = new Map([...entries.training, ...entries.heldOut].map((entry) => [entry.picture.path, entry]));
+  const skipped = new Set<string>();
+  let done = 0;
+  for (const [path, entry] of first) {
+    signal?.throwIfAborted();
+    await renderPicture(entry.picture, allViews(entry)[0]!).catch((error: unknown) => {
+      if (!(error instanceof MmditxError) || error.code === 'bad-option') throw error;
+      skipped.add(path);
+      journal.note(error.message);
+    });
+    onPreparation?.({ what: 'Checking pictures', done: ++done, total: first.size });
+  }
+  return without(skipped, entries);
+}
+
+/** More texts than this are encoded when they are shown, where the encoders are small: each takes files. */
 const MOST_TEXTS_AHEAD = 20_000;
+/** Encoders with more weights are not kept beside the transformer. */
+const SMALL_ENCODERS = 2 ** 30;
 
 /** Every view that a stage can show, and its texts where they are not too many. */
-export function encodingWork(entries: readonly Entry[], { textEncoders }: Pick<DiffusionStage, 'textEncoders'>) {
+export function encodingWork(
+  entries: readonly Entry[],
+  { textEncoders }: Pick<DiffusionStage, 'textEncoders'>,
+  { parts }: Pick<TrainingModel, 'parts'>,
+) {
   const texts = new Set<string>(['']);
+  // Where captions are shuffled, no text may come again.
+  let listed = true;
   const latents: { picture: Entry['picture']; view: ReturnType<typeof allViews>[number] }[] = [];
   const seen = new Set<Entry>();
   for (const entry of entries) {
     if (seen.has(entry)) continue;
     seen.add(entry);
     for (const view of allViews(entry)) latents.push({ picture: entry.picture, view });
-    if (textEncoders === 'frozen') for (const text of entryCaptions(entry) ?? []) texts.add(text);
+    if (textEncoders === 'frozen' && listed) {
+      const own = entryCaptions(entry);
+      listed = own !== undefined;
+      for (const text of own ?? []) texts.add(text);
+    }
   }
-  const ahead = textEncoders === 'frozen' && texts.size <= MOST_TEXTS_AHEAD;
+  const weights = [parts.clipL, parts.clipG, parts.t5].flatMap((part) => [...(part?.tensors.values() ?? [])]);
+  const small = weights.reduce((sum, weight) => sum + storedBytes(weight), 0) <= SMALL_ENCODERS;
+  const ahead = textEncoders === 'frozen' && listed && (!small || texts.size <= MOST_TEXTS_AHEAD);
   return { latents, texts: ahead ? [...texts] : [] };
 }
 
@@ -518,10 +598,10 @@ async function exportAll(context: RunContext, model: TrainingModel, path: string
     const { training } = stageEntries(data, last.data);
     const random = stepRandom(config.seed, VALIDATION_STREAM);
     const chosen = [...random.permutation(training.length)].slice(0, PREVIEW_LATENTS).map((i) => training[i]!);
-    const { encodings } = await encode(context, model, last, { training: chosen, heldOut: [] });
+    const { encodings, usable } = await encode(context, model, last, { training: chosen, heldOut: [] });
     const vae = loadAutoencoder(runtime, model.parts.vae);
     const latents: FloatTensor[] = [];
-    for (const entry of chosen) {
+    for (const entry of usable.training) {
       const [moments] = await encodings.latents([{ picture: entry.picture, view: allViews(entry)[0]! }]);
       latents.push(latentOf(moments!, model.parts.vae.config));
     }

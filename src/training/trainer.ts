@@ -31,10 +31,10 @@ export interface StepReport {
 
 export interface Trainer {
   /**
-   * One step on one or several batches, whose gradients are averaged.
+   * One step on one or several batches, whose gradients are averaged, each batch counting the same.
    * @throws NotFiniteError when a loss or gradient is not finite; the parameters are then unchanged
    */
-  step(batches: Batch | readonly Batch[], learningRate: number): Promise<StepReport>;
+  step(batches: Batch | AsyncIterable<Batch> | Iterable<Batch>, learningRate: number): Promise<StepReport>;
   readonly steps: number;
   readonly parameters: Parameters;
   /** The moving average, or the parameters themselves without one. */
@@ -72,8 +72,7 @@ export function createTrainer(source: GradientSource, options: TrainerOptions): 
     parameters: values,
     average,
     async step(batches, learningRate) {
-      const list = Array.isArray(batches) ? (batches as readonly Batch[]) : [batches as Batch];
-      const { loss, metrics, gradients } = await meanOf(source, list, values);
+      const { loss, metrics, gradients } = await meanOf(source, severalOf(batches), values);
       const gradientOf = (name: string) => gradients.get(name)!;
       const norm = globalNorm(names.map(gradientOf));
       if (!Number.isFinite(loss) || !Number.isFinite(norm)) throw new NotFiniteError(steps + 1, loss, norm);
@@ -123,23 +122,36 @@ export function createTrainer(source: GradientSource, options: TrainerOptions): 
   };
 }
 
+function severalOf(batches: Batch | AsyncIterable<Batch> | Iterable<Batch>): AsyncIterable<Batch> | Iterable<Batch> {
+  const several = Symbol.asyncIterator in batches || Symbol.iterator in batches;
+  return several ? (batches as Iterable<Batch>) : [batches as Batch];
+}
+
 /** Means of loss, metrics and gradients over batches. */
-async function meanOf(source: GradientSource, batches: readonly Batch[], values: Parameters): Promise<BatchGradients> {
-  const [first, ...rest] = batches;
-  const total = await source.compute(first!, values);
-  if (rest.length === 0) return total;
-  let { loss } = total;
-  const metrics: Record<string, number> = { ...total.metrics };
-  for (const batch of rest) {
+async function meanOf(
+  source: GradientSource,
+  batches: AsyncIterable<Batch> | Iterable<Batch>,
+  values: Parameters,
+): Promise<BatchGradients> {
+  let total: BatchGradients | undefined;
+  let count = 0;
+  for await (const batch of batches) {
+    count++;
     const next = await source.compute(batch, values);
-    loss += next.loss;
-    for (const [name, value] of Object.entries(next.metrics)) metrics[name] = (metrics[name] ?? 0) + value;
+    if (!total) {
+      total = next;
+      continue;
+    }
+    const metrics = Object.entries(next.metrics).map(([name, value]) => [name, (total!.metrics[name] ?? 0) + value]);
     for (const [name, gradient] of next.gradients) add(total.gradients.get(name)!, gradient);
+    total = { ...total, loss: total.loss + next.loss, metrics: Object.fromEntries(metrics) };
   }
-  const share = 1 / batches.length;
-  for (const name of Object.keys(metrics)) metrics[name]! *= share;
+  if (!total) throw new RangeError('A step needs at least one batch.');
+  if (count === 1) return total;
+  const share = 1 / count;
   for (const gradient of total.gradients.values()) scaleBy(gradient, share);
-  return { loss: loss * share, metrics, gradients: total.gradients };
+  const metrics = Object.entries(total.metrics).map(([name, value]) => [name, value * share]);
+  return { ...total, loss: total.loss * share, metrics: Object.fromEntries(metrics) };
 }
 
 function add(sum: Float32Array, term: Float32Array): void {

@@ -12,7 +12,9 @@ beforeAll(async () => {
   await mkdir(join(folder, 'pictures'));
   for (const colour of ['red', 'green', 'blue']) {
     const picture = { width: 96, height: 64, channels: 3 as const, background: colour };
-    await sharp({ create: picture }).jpeg().toFile(join(folder, 'pictures', `${colour}.jpg`));
+    await sharp({ create: picture })
+      .jpeg()
+      .toFile(join(folder, 'pictures', `${colour}.jpg`));
     await writeFile(join(folder, 'pictures', `${colour}.txt`), `a ${colour} fox${' on a fox'.repeat(9)}`);
   }
   await writeFile(join(folder, 'pictures', 'torn.png'), 'no picture');

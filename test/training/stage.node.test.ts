@@ -50,7 +50,15 @@ function options(
   );
   const [stage] = config.stages;
   if (stage?.train !== 'autoencoder') throw new Error('another stage');
-  return { config, stage, index: 0, checkpoints: folder, fingerprint: 'abc', emit, ...more };
+  return {
+    config,
+    stage,
+    index: 0,
+    checkpoints: folder,
+    fingerprints: { exact: 'abc', resumable: 'ab' },
+    emit,
+    ...more,
+  };
 }
 
 async function run(steps: number, { stopAfter, ...more }: Partial<StageLoopOptions> & { stopAfter?: number } = {}) {
@@ -90,8 +98,18 @@ describe('a stage of training', () => {
   it('refuses to go on from a state of another configuration', async () => {
     await run(3);
     const work = newWork();
-    const loop = options(3, () => undefined, { fingerprint: 'other' });
-    await expect(restoreStage(work.trainer, loop, () => undefined)).rejects.toThrow(/has changed since .* was saved/);
+    const loop = options(3, () => undefined, { fingerprints: { exact: 'other', resumable: 'other' } });
+    await expect(restoreStage(work.trainer, loop, () => undefined)).rejects.toThrow(/have changed since .* was saved/);
+  });
+
+  it('goes on with another learning rate, and says so', async () => {
+    const first = await run(9, { stopAfter: 5 });
+    const work = newWork();
+    const problems: string[] = [];
+    const loop = options(9, () => undefined, { fingerprints: { exact: 'slower', resumable: 'ab' } });
+    const { step } = await restoreStage(work.trainer, loop, (problem) => problems.push(problem));
+    expect(step).toBe(first.losses.length);
+    expect(problems).toEqual([expect.stringMatching(/optimiser have changed since step 5/)]);
   });
 
   it('names step, batch and last good state when a loss is not a number', async () => {

@@ -1,13 +1,13 @@
 import { spawn } from 'node:child_process';
 import { existsSync } from 'node:fs';
-import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { cp, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
 import sharp from 'sharp';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { load, readLora } from '../../src/index.node.ts';
 import { readTrainLog } from '../../src/training/log.node.ts';
-import type { StepEvent } from '../../src/training/log.ts';
+import type { StepEvent, TrainEvent } from '../../src/training/log.ts';
 import { train } from '../../src/training/train.node.ts';
 import { cpu } from '../support/run.ts';
 
@@ -24,6 +24,17 @@ beforeAll(async () => {
     await writeFile(join(pictures, `${colour}.txt`), `a ${colour} square\n${colour}`);
   }
   await writeFile(join(pictures, 'broken.png'), 'not a picture');
+  // Its header is sound: only decoding tells.
+  const noise = {
+    width: 64,
+    height: 64,
+    channels: 3 as const,
+    noise: { type: 'gaussian' as const, mean: 128, sigma: 50 },
+  };
+  const whole = await sharp({ create: { ...noise, background: 'grey' } })
+    .png()
+    .toBuffer();
+  await writeFile(join(pictures, 'torn.png'), whole.subarray(0, whole.length / 2));
 });
 afterAll(() => rm(folder, { recursive: true }));
 
@@ -161,7 +172,62 @@ async function runUntil(config: string, log: string, moreSteps: number): Promise
   return code === 0;
 }
 
+describe('a run whose pictures or settings change', () => {
+  const text = (rate: string, more = '') => `
+model: ${resolve('models/small/mmditx-small.safetensors')}
+cache: false
+data: { all: { path: own, sizes: [64] } }
+validation: { every: 1, path: pictures, pictures: 3 }
+stages: [{ name: whole, train: diffusion, steps: 4, batch: 2, learningRate: { peak: ${rate} }${more} }]
+checkpoints: { every: 1 }
+`;
+  it('goes on with another learning rate, not with other captions', async () => {
+    await cp(join(folder, 'pictures'), join(folder, 'own'), { recursive: true });
+    const stop = new AbortController();
+    const stopAtTwo = (event: TrainEvent) => {
+      if (event.type === 'step' && event.step === 2) stop.abort(new Error('stopped'));
+    };
+    const first = train(await configFile('changing', text('1e-3')), {
+      runtime: cpu,
+      signal: stop.signal,
+      onEvent: stopAtTwo,
+    });
+    await expect(first).rejects.toThrow('stopped');
+    const caption = join(folder, 'own/red.txt');
+    await writeFile(caption, 'another');
+    const config = await configFile('changing', text('1e-4'));
+    await expect(train(config, { runtime: cpu })).rejects.toThrow(/its pictures, captions or model, have changed/);
+    await writeFile(caption, 'a red square\nred');
+    await train(config, { runtime: cpu });
+    expect((await stepsOf('changing')).map(({ step }) => step)).toEqual([1, 2, 3, 4]);
+    const events = await readTrainLog(join(folder, 'runs/changing/log.jsonl'));
+    const notes = events.flatMap((event) => (event.type === 'note' ? event.message : []));
+    expect(notes).toContainEqual(expect.stringMatching(/settings of the optimiser have changed/));
+    expect(notes).toContainEqual(expect.stringMatching(/torn\.png/));
+    // The pictures of validation.path.
+    expect(events.filter(({ type }) => type === 'validation')).toHaveLength(4);
+  }, 60_000);
+});
+
 describe('a LoRA', () => {
+  it('changes text encoders, too, and those of another folder', async () => {
+    const config = await configFile(
+      'encoders',
+      `
+model: ${resolve('models/small/mmditx-small.safetensors')}
+networks: { t5: { layers: 1, heads: 3, headDim: 64, tokens: 16 } }
+precision: int8
+data: { all: { path: pictures, sizes: [64] } }
+stages:
+  - { name: both, train: diffusion, transformer: lora, textEncoders: lora, steps: 2, batch: 2, learningRate: { peak: 1e-3 },
+      lora: { rank: 2, blocks: [0] } }
+`,
+    );
+    const { files } = await train(config, { runtime: cpu });
+    const { parts } = await readLora(files[0]!);
+    expect(Object.keys(parts).sort()).toEqual(['clipG', 'clipL', 't5', 'transformer']);
+  }, 60_000);
+
   it.each(['kohya', 'diffusers'])(
     'is trained on a model, goes on from its file, and loads again (%s)',
     async (format) => {
@@ -202,6 +268,20 @@ stages:
 });
 
 describe('mistakes', () => {
+  it('are told when a position table is extended on another grid', async () => {
+    const config = await configFile(
+      'grid',
+      `
+model: ${resolve('models/small/mmditx-small.safetensors')}
+data: { all: { path: pictures, sizes: [64] } }
+stages: [{ name: wide, train: diffusion, steps: 1, learningRate: { peak: 1 }, positions: { table: 32 } }]
+`,
+    );
+    await expect(train(config, { runtime: cpu })).rejects.toThrow(
+      /made with other positions than 64 patches over 0 to 16/,
+    );
+  });
+
   it.each([
     ['networks: {}\ndata: {}\nstages: []', /data: name at least one|stages/],
     [
@@ -210,7 +290,7 @@ describe('mistakes', () => {
     ],
     [
       'model: x\ndata: { a: { path: p, sizes: [64], colour: 1 } }\nstages: [{ name: s, train: tokenizers }]',
-      /data\.a: .*colour/,
+      /data\.a has "colour"/,
     ],
     ['data: [', /cannot be read: .*line/],
   ])('in the configuration are told with their place: %s', async (text, message) => {
