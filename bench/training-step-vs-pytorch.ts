@@ -10,6 +10,7 @@ import { flowBatch } from '../src/training/loss.ts';
 import { diffusionSegments } from '../src/training/objective.ts';
 import { isLearned, readParameters, wholePart } from '../src/training/parts.ts';
 import { createTrainer } from '../src/training/trainer.ts';
+import { threadedUpdater } from '../src/training/updates.node.ts';
 import type { PartWeights } from '../src/weights/checkpoint.ts';
 import { normalFloats, SMALL_TRANSFORMER, withModel, withRandomTransformer } from './models.ts';
 import { startPeer, toMessage } from './peer.ts';
@@ -56,7 +57,7 @@ async function measure(
   const values = await readParameters('transformer', part);
   const segments = diffusionSegments({ config, transformer: wholePart('transformer', values) });
   const source = gradientSource(nodeRuntime({ threads: THREADS }), segments, isLearned);
-  const trainer = createTrainer(source, { values });
+  const trainer = createTrainer(source, { values, updater: threadedUpdater() });
   const shared = batchOf(config, size);
   const batch = {
     ...flowBatch(shared.latent!, shared.noise!, shared.sigma.data, config),

@@ -48,11 +48,16 @@ export function adamwStep(
   }
 }
 
+/** The sum of squares of a tensor's values. */
+export function squaredNorm(values: Float32Array): number {
+  let sum = 0;
+  for (let i = 0; i < values.length; i++) sum += values[i]! * values[i]!;
+  return sum;
+}
+
 /** The L2 norm of all gradients together, as torch's `clip_grad_norm_` computes it. */
 export function globalNorm(gradients: Iterable<Float32Array>): number {
   let sum = 0;
-  for (const gradient of gradients) {
-    for (let i = 0; i < gradient.length; i++) sum += gradient[i]! * gradient[i]!;
-  }
+  for (const gradient of gradients) sum += squaredNorm(gradient);
   return Math.sqrt(sum);
 }

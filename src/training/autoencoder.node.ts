@@ -30,6 +30,7 @@ import { parameterName, readParameters, wholePart } from './parts.ts';
 import { renderPicture } from './pictures.node.ts';
 import type { StageWork } from './stage.node.ts';
 import { createTrainer } from './trainer.ts';
+import { threadedUpdater } from './updates.node.ts';
 
 export interface AutoencoderWorkOptions {
   readonly config: TrainConfig;
@@ -71,6 +72,7 @@ export async function autoencoderWork(options: AutoencoderWorkOptions): Promise<
     clip: stage.clip,
     averageDecay: stage.average?.decay,
     averageEvery: stage.average?.every,
+    updater: threadedUpdater(),
   });
   const order = batchOrder(training, stage.batch, config.seed + index);
   const pictures = renderedPictures();

@@ -52,6 +52,7 @@ import {
 import type { StageWork } from './stage.node.ts';
 import { drawSigmas, lossWeights, trainingShift, validationSigmas } from './timesteps.ts';
 import { createTrainer } from './trainer.ts';
+import { threadedUpdater } from './updates.node.ts';
 
 export interface DiffusionOptions {
   readonly config: TrainConfig;
@@ -109,6 +110,7 @@ export async function diffusionWork(options: DiffusionOptions): Promise<Diffusio
     clip: stage.clip,
     averageDecay: stage.average?.decay,
     averageEvery: stage.average?.every,
+    updater: threadedUpdater(),
   });
   // The paper's rate where the transformer begins from nothing.
   const dropout = stage.text.encoderDropout ?? (config.networks?.transformer ? PRETRAINING_DROPOUT : 0);

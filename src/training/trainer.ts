@@ -4,17 +4,20 @@
  */
 
 import { elementCount, type FloatTensor, floats, type TensorData } from '../tensor/data.ts';
-import { type AdamWOptions, adamwStep, globalNorm, type Moments, zeroMoments } from './adamw.ts';
+import { type AdamWOptions, zeroMoments } from './adamw.ts';
 import type { Batch, BatchGradients, GradientSource, Parameters } from './gradients.ts';
+import { type ParameterState, plainUpdater, type Updater } from './updates.ts';
 
 export interface TrainerOptions {
-  /** Initial values of the parameters, by name; those that `source` trains change in place. */
+  /** Initial values of the parameters, by name; those that `source` trains are replaced as they change. */
   values: Parameters;
   optimizer?: AdamWOptions;
   /** Largest global norm of the gradients; larger ones are scaled down (default 1). */
   clip?: number;
   /** Decay of an exponential moving average of the parameters at each of its updates (default none). */
   averageDecay?: number | undefined;
+  /** How steps are computed (default in the calling thread). */
+  updater?: Updater | undefined;
   /** Steps between two updates of the average (default 1; SD3's ablations: 100, with a decay of 0.99). */
   averageEvery?: number | undefined;
 }
@@ -57,11 +60,14 @@ export class NotFiniteError extends Error {
 
 /** @throws RangeError where a trained parameter has no initial value */
 export function createTrainer(source: GradientSource, options: TrainerOptions): Trainer {
-  const { values, optimizer, clip = 1, averageDecay, averageEvery = 1 } = options;
+  const { values, optimizer, clip = 1, averageDecay, averageEvery = 1, updater = plainUpdater } = options;
   const names = source.trained;
   const missing = names.find((name) => !values.has(name));
   if (missing !== undefined) throw new RangeError(`The parameter ${missing} has no initial value.`);
-  const moments = new Map<string, Moments>(names.map((name) => [name, zeroMoments(values.get(name)!.data.length)]));
+  const states: ParameterState[] = names.map((name) => {
+    const { data } = values.get(name)!;
+    return { parameter: data, ...zeroMoments(data.length) };
+  });
   const average: Parameters = averageDecay ? new Map(names.map((name) => [name, copyOf(values.get(name)!)])) : values;
   let steps = 0;
 
@@ -73,17 +79,20 @@ export function createTrainer(source: GradientSource, options: TrainerOptions): 
     average,
     async step(batches, learningRate) {
       const { loss, metrics, gradients } = await meanOf(source, severalOf(batches), values);
-      const gradientOf = (name: string) => gradients.get(name)!;
-      const norm = globalNorm(names.map(gradientOf));
-      if (!Number.isFinite(loss) || !Number.isFinite(norm)) throw new NotFiniteError(steps + 1, loss, norm);
+      const finite = Number.isFinite(loss);
+      const norm = await updater.update(
+        states,
+        names.map((name) => gradients.get(name)!),
+        { ...optimizer, step: steps + 1, learningRate, clip, finite },
+      );
+      if (!finite || !Number.isFinite(norm)) throw new NotFiniteError(steps + 1, loss, norm);
       steps++;
-      const scale = norm > clip ? clip / norm : 1;
-      for (const name of names) {
-        const { data } = values.get(name)!;
-        adamwStep(data, gradientOf(name), moments.get(name)!, steps, learningRate, optimizer, scale);
+      for (const [i, name] of names.entries()) {
+        const { parameter } = states[i]!;
+        if (values.get(name)!.data !== parameter) values.set(name, floats(values.get(name)!.shape, parameter));
         if (averageDecay && steps % averageEvery === 0) {
           const updates = steps / averageEvery;
-          follow(average.get(name)!.data, data, Math.min(averageDecay, (1 + updates) / (10 + updates)));
+          follow(average.get(name)!.data, parameter, Math.min(averageDecay, (1 + updates) / (10 + updates)));
         }
       }
       return { step: steps, loss, norm, metrics };
@@ -91,10 +100,10 @@ export function createTrainer(source: GradientSource, options: TrainerOptions): 
     state() {
       const state = new Map<string, TensorData>();
       state.set('step', { dtype: 'int32', shape: [1], data: Int32Array.of(steps) });
-      for (const name of names) {
-        const { shape, data } = values.get(name)!;
-        const { first, second } = moments.get(name)!;
-        state.set(`parameter.${name}`, floats(shape, data));
+      for (const [i, name] of names.entries()) {
+        const { shape } = values.get(name)!;
+        const { parameter, first, second } = states[i]!;
+        state.set(`parameter.${name}`, floats(shape, parameter));
         state.set(`first.${name}`, floats(shape, first));
         state.set(`second.${name}`, floats(shape, second));
         if (averageDecay) state.set(`average.${name}`, average.get(name)!);
@@ -110,10 +119,10 @@ export function createTrainer(source: GradientSource, options: TrainerOptions): 
         }
         loads.push([target, stored.data as Float32Array]);
       };
-      for (const name of names) {
-        load(`parameter.${name}`, values.get(name)!.data);
-        load(`first.${name}`, moments.get(name)!.first);
-        load(`second.${name}`, moments.get(name)!.second);
+      for (const [i, name] of names.entries()) {
+        load(`parameter.${name}`, states[i]!.parameter);
+        load(`first.${name}`, states[i]!.first);
+        load(`second.${name}`, states[i]!.second);
         if (averageDecay) load(`average.${name}`, average.get(name)!.data);
       }
       for (const [target, stored] of loads) target.set(stored);
